@@ -1,0 +1,37 @@
+# `make demo` and `make test` need Python 3.11 or newer with pip, and set up the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: demo test fuzz lint package clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m benchmarks.demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+fuzz: $(INSTALLED)
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests -m properties --hypothesis-show-statistics
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+# Builds wheel and sdist, installs the wheel alone into an empty environment, and uses it there.
+package: $(INSTALLED)
+	rm -rf dist build/wheel
+	$(BIN)/python -m build
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/pip install --quiet -c constraints.txt dist/*.whl
+	cd build && wheel/bin/python ../tests/use_wheel.py
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Measurements: `python -m benchmarks.demo` and `python -m benchmarks.centers`."""

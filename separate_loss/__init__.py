@@ -1,0 +1,8 @@
+"""The separate loss of Li et al. (ACML 2019) for PyTorch: compact classes, far apart."""
+
+from separate_loss import functional, metrics
+from separate_loss.functional import separate_loss
+from separate_loss.modules import SeparateLoss, Terms
+
+__all__ = ["SeparateLoss", "Terms", "functional", "metrics", "separate_loss"]
+__version__ = "0.1.0"

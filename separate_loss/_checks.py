@@ -1,0 +1,158 @@
+"""Validation: every error names the argument, what was expected and what came."""
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["none", "mean", "sum"]
+CenterUpdate = Literal["paper", "gradient", "none"]
+CenterInit = Literal["features", "sphere", "normal", "uniform"]
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """One of the strings of a Literal."""
+    allowed = get_args(choices)
+    if value not in allowed:
+        expected = ", ".join(map(repr, allowed))
+        raise ValueError(f"{name} must be one of {expected}, got {value!r}")
+
+
+def check_int(name: str, value: object, least: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_rate(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
+def check_vectors(name: str, value: Tensor) -> None:
+    """Floating point, (*, d)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if value.ndim == 0:
+        raise ValueError(f"{name} must have shape (*, d), got a scalar")
+
+
+def check_centers(name: str, value: Tensor) -> None:
+    """Floating point, (C, d) with C >= 2 and d >= 1."""
+    check_vectors(name, value)
+    if value.ndim != 2:
+        raise ValueError(f"{name} must have shape (C, d), got {tuple(value.shape)}")
+    if value.shape[0] < 2 or value.shape[1] < 1:
+        raise ValueError(
+            f"{name} must hold at least 2 classes and 1 feature, got shape {tuple(value.shape)}"
+        )
+
+
+def check_batch(features: Tensor, target: Tensor, num_classes: int) -> None:
+    """Features (*, d) with a target of class indices (*) or class probabilities (*, C)."""
+    check_vectors("features", features)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    if target.dtype == torch.bool or target.is_complex():
+        raise TypeError(
+            "target must hold class indices (an integer type) or class probabilities "
+            f"(a floating type), got {target.dtype}"
+        )
+    expected = features.shape[:-1]
+    if target.is_floating_point():
+        expected = torch.Size((*expected, num_classes))
+    if target.shape != expected:
+        kind = "probabilities" if target.is_floating_point() else "indices"
+        raise ValueError(
+            f"target of class {kind} must have shape {tuple(expected)} beside features of shape "
+            f"{tuple(features.shape)} and {num_classes} classes, got {tuple(target.shape)}"
+        )
+    check_device("target", target, "features", features)
+
+
+def check_beside_centers(features: Tensor, centers: Tensor, weight: Tensor | None = None) -> None:
+    """Features (*, d) and class weights (C,) that fit the centers (C, d)."""
+    num_classes, feature_dim = centers.shape
+    if features.shape[-1] != feature_dim:
+        raise ValueError(
+            f"features must have {feature_dim} values in the last dimension, as centers have, "
+            f"got shape {tuple(features.shape)}"
+        )
+    check_device("features", features, "centers", centers)
+    if weight is not None:
+        check_weight(weight, num_classes)
+        check_device("weight", weight, "centers", centers)
+
+
+def check_weight(weight: Tensor, num_classes: int) -> None:
+    """Floating point, (C,), and not negative where looking costs no synchronisation."""
+    check_vectors("weight", weight)
+    if weight.shape != (num_classes,):
+        raise ValueError(
+            f"weight must have shape ({num_classes},), one value per class, "
+            f"got {tuple(weight.shape)}"
+        )
+    if _readable(weight) and not bool((weight >= 0).all()):
+        raise ValueError(f"weight must not be negative or NaN, got a least value of {weight.min()}")
+
+
+def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on {other.device}, as {other_name} is, got {value.device}"
+        )
+
+
+def split_ignored(
+    target: Tensor, num_classes: int, ignore_index: int
+) -> tuple[Tensor, Tensor | None]:
+    """Class indices as int64 with 0 in place of `ignore_index`, and which samples count.
+
+    None in the second place says that all do. A label outside [0, C) raises IndexError where its
+    value can be read at once, and else fails an assertion on the device, which costs no wait.
+    """
+    target = target.long()
+    if not _readable(target):
+        kept = target != ignore_index
+        target = target.where(kept, 0)
+        if torch.compiler.is_compiling() or not _under_vmap(target):
+            torch._assert_async(
+                ((target >= 0) & (target < num_classes)).all(),
+                f"target must hold class indices in [0, {num_classes}) or ignore_index",
+            )
+        return target, kept
+    if target.numel() == 0:
+        return target, None
+    least, most = (int(bound) for bound in target.aminmax())
+    if least >= 0 and most < num_classes and not least <= ignore_index <= most:
+        return target, None
+    kept = target != ignore_index
+    target = target.where(kept, 0)
+    wrong = target[(target < 0) | (target >= num_classes)]
+    if wrong.numel():
+        raise IndexError(
+            f"target must hold class indices in [0, {num_classes}) or ignore_index "
+            f"({ignore_index}), got {int(wrong[0])}"
+        )
+    return target, kept
+
+
+def _readable(value: Tensor) -> bool:
+    """Whether Python may look at the values: on the CPU, and not while tracing or under vmap."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not _under_vmap(value)
+
+
+def _under_vmap(value: Tensor) -> bool:
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        if torch._C._functorch.is_batchedtensor(value):
+            return True
+        value = torch._C._functorch.get_unwrapped(value)
+    return False

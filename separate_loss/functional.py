@@ -1,0 +1,369 @@
+"""The equations of the paper as stateless functions.
+
+Y. Li, Y. Lu, J. Li, G. Lu, "Separate Loss for Basic and Compound Facial Expression Recognition in
+the Wild", ACML 2019, Proceedings of Machine Learning Research 101:897-911. Equation numbers are the
+paper's. Shapes: N samples or any leading dimensions *, C classes, d features; a hat is a vector
+over its norm.
+
+Everything is computed, and every loss returned, in float32 or wider; gradients come in the type of
+what they belong to. Vectors whose norm is below 1e-19 or above 1e19 in float32 count as zero: their
+cosine with anything is 0, and so is their gradient.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from separate_loss import ops
+from separate_loss._checks import (
+    Reduction,
+    check_batch,
+    check_beside_centers,
+    check_centers,
+    check_choice,
+    check_device,
+    check_int,
+    check_rate,
+    check_vectors,
+    split_ignored,
+)
+
+__all__ = [
+    "inter_class_loss",
+    "intra_class_loss",
+    "separate_loss",
+    "similarity",
+    "update_centers",
+]
+
+
+def similarity(a: Tensor, b: Tensor) -> Tensor:
+    r"""Cosine similarity over the last dimension, moved to [0, 1].
+
+    .. math:: Sim(a, b) = \frac{1}{2} \left( \frac{a^T b}{\|a\| \|b\|} + 1 \right) \tag{1}
+
+    Args:
+        a: floating point, (*, d).
+        b: floating point, (*, d); the leading dimensions broadcast against those of `a`.
+
+    Returns:
+        Similarities (*); 1/2 where either vector is zero.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: the shapes do not broadcast, or the devices differ.
+
+    Example:
+        >>> others = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+        >>> similarity(torch.tensor([3.0, 0.0]), others)
+        tensor([1.0000, 0.5000, 0.0000])
+
+    """
+    check_vectors("a", a)
+    check_vectors("b", b)
+    check_device("b", b, "a", a)
+    if a.shape[-1] != b.shape[-1]:
+        raise ValueError(
+            f"b must have {a.shape[-1]} values in the last dimension, as a has, "
+            f"got shape {tuple(b.shape)}"
+        )
+    try:
+        torch.broadcast_shapes(a.shape, b.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"b must have a shape that broadcasts with {tuple(a.shape)}, got {tuple(b.shape)}"
+        ) from None
+    dtype = _compute_dtype(a, b)
+    (a, _), (b, _) = ops.unit(a.to(dtype)), ops.unit(b.to(dtype))
+    return _within(((a * b).sum(-1) + 1) / 2, 0, 1)
+
+
+def intra_class_loss(
+    features: Tensor,
+    target: Tensor,
+    centers: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""How far samples point away from the centers of their classes, in [0, 1].
+
+    .. math:: L_{intra} = 1 - \frac{1}{2m} \sum_i \left( \hat x_i^T \hat c_{y_i} + 1 \right) \tag{2}
+
+    The gradient for the features is Eq. 5. Arguments, reductions and errors are those of
+    :func:`separate_loss`, without the inter-class term.
+
+    Example:
+        >>> centers = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
+        >>> features = torch.tensor([[1.0, 0.0], [0.0, -1.0], [1.0, 0.0]])
+        >>> intra_class_loss(features, torch.tensor([0, 1, 1]), centers, reduction="none")
+        tensor([0.0000, 1.0000, 0.5000])
+
+    """
+    check_choice("reduction", reduction, Reduction)
+    batch = read_batch(features, target, centers, weight, ignore_index)
+    if batch.target.is_floating_point():
+        directions = _mix(batch, ops.unit(batch.centers)[0])
+    else:
+        directions, _ = ops.unit(batch.centers.index_select(0, batch.target))
+    units, _ = ops.unit(batch.features)
+    loss = reduce(_intra(batch, units, directions), batch.mass, None, reduction)
+    return loss.reshape(features.shape[:-1]) if reduction == "none" else loss
+
+
+def inter_class_loss(centers: Tensor) -> Tensor:
+    r"""How similar the centers are to one another, in [(C - 2) / (2 (C - 1)), 1].
+
+    .. math::
+        L_{inter} = \frac{1}{2 |S| (|S| - 1)} \sum_k \sum_{j \ne k}
+            \left( \hat c_k^T \hat c_j + 1 \right) \tag{3}
+
+    Computed from the sum of the unit centers in O(C d) time. The least value is reached by unit
+    centers that sum to zero.
+
+    Args:
+        centers: floating point, (C, d) with C >= 2.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        TypeError: `centers` is not a floating-point tensor.
+        ValueError: `centers` is not of shape (C, d) or holds fewer than two classes.
+
+    Example:
+        >>> inter_class_loss(torch.tensor([[2.0, 0.0], [0.0, 5.0]]))
+        tensor(0.5000)
+
+    """
+    check_centers("centers", centers)
+    centers = centers.to(_compute_dtype(centers))
+    none = torch.zeros(0, dtype=torch.long, device=centers.device)
+    _, total, norms = ops.unit_rows(centers, none)
+    return _inter(total, norms)
+
+
+def separate_loss(
+    features: Tensor,
+    target: Tensor,
+    centers: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""The separate loss: intra-class plus inter-class loss.
+
+    .. math:: L_{sep} = L_{intra} + L_{inter} \tag{4}
+
+    Args:
+        features: deep features, floating point, (*, d).
+        target: class indices, an integer type, (*) with values in [0, C) or `ignore_index`; or
+            class probabilities, floating point, (*, C): soft labels, mixup, compound labels.
+        centers: floating point, (C, d) with C >= 2.
+        weight: a factor for each class, floating point, (C,), not negative. A sample's weight is
+            its class's, or under probabilities their mean over its classes.
+        ignore_index: samples with this class index count for nothing. Unused under probabilities.
+        reduction: ``"mean"`` gives the mean of L_intra under the samples' weights, plus L_inter;
+            ``"none"`` the weight of each sample times its (L_intra + L_inter), shape (*); ``"sum"``
+            the sum of these. A batch in which no sample counts has L_intra = 0.
+
+    Returns:
+        A scalar, or (*) for ``reduction="none"``, in float32 or wider.
+
+    Raises:
+        TypeError: an argument is of a wrong type.
+        ValueError: sizes do not fit together, fewer than two classes, devices differ, a negative
+            weight, or an unknown reduction.
+        IndexError: a class index is out of range. On accelerators and in compiled code, where
+            reading it would mean to wait, an assertion on the device fails instead.
+
+    Example:
+        >>> centers = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
+        >>> features = torch.tensor([[1.0, 0.0], [0.0, -1.0]])
+        >>> separate_loss(features, torch.tensor([0, 1]), centers)
+        tensor(1.)
+        >>> separate_loss(features, torch.tensor([[1.0, 0.0], [0.5, 0.5]]), centers)
+        tensor(0.8750)
+
+    """
+    check_choice("reduction", reduction, Reduction)
+    reading = read(features, target, centers, weight, ignore_index)
+    loss = reduce(reading.intra, reading.batch.mass, reading.inter, reduction)
+    return loss.reshape(features.shape[:-1]) if reduction == "none" else loss
+
+
+def update_centers(
+    features: Tensor,
+    target: Tensor,
+    centers: Tensor,
+    *,
+    center_lr: float,
+    ignore_index: int = -100,
+) -> Tensor:
+    r"""The centers after one step of the paper's rule, which is not a gradient step on Eq. 4.
+
+    .. math::
+        D_{intra}(c_j) &= \frac{-1}{2m (1 + n_j)} \sum_{i: y_i = j} \left(
+            \frac{x_i}{\|x_i\| \|c_j\|} - \frac{(x_i^T c_j) c_j}{\|x_i\| \|c_j\|^3}
+            \right) \tag{6} \\
+        D_{inter}(c_j) &= \frac{1}{2 |S| (|S| - 1)} \sum_{k \ne j} \left(
+            \frac{c_k}{\|c_k\| \|c_j\|} - \frac{(c_k^T c_j) c_j}{\|c_k\| \|c_j\|^3}
+            \right) \tag{7} \\
+        c_j &\leftarrow c_j - \alpha \left( D_{intra}(c_j) + D_{inter}(c_j) \right) \tag{8}
+
+    with n_j the number of samples of class j and m that of all. Eq. 7 is half of the gradient of
+    Eq. 3, and Eq. 6 the gradient of Eq. 2 over 1 + n_j. Under class probabilities n_j is their sum.
+    Samples with NaN or infinity in their features count for nothing. A zero center stays zero.
+
+    Args:
+        features: as in :func:`separate_loss`.
+        target: as in :func:`separate_loss`.
+        centers: as in :func:`separate_loss`; left as it is.
+        center_lr: alpha, finite and not negative.
+        ignore_index: as in :func:`separate_loss`.
+
+    Returns:
+        New centers (C, d) in the type of `centers`, outside of autograd.
+
+    Raises:
+        TypeError, ValueError, IndexError: as in :func:`separate_loss`; ValueError also for a
+            `center_lr` that is negative or not finite.
+
+    Example:
+        >>> centers = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> features = torch.tensor([[1.0, 1.0]])
+        >>> update_centers(features, torch.tensor([0]), centers, center_lr=1.0)
+        tensor([[ 1.0000, -0.0732],
+                [-0.2500,  1.0000]])
+
+    """
+    check_rate("center_lr", center_lr)
+    with torch.no_grad():
+        reading = read(features, target, centers, None, ignore_index)
+        return next_centers(reading, center_lr).to(centers.dtype)
+
+
+# Shared with the module, not public.
+
+
+class Batch(NamedTuple):
+    """Arguments that were checked and brought to one type and one leading dimension."""
+
+    features: Tensor  # (N, d)
+    target: Tensor  # (N,) or (N, C)
+    counted: Tensor  # (N,), 1 where a sample counts and 0 where it is ignored
+    mass: Tensor  # (N,), the weight of each sample, 0 where it is ignored
+    centers: Tensor  # (C, d)
+    weight: Tensor | None  # (C,)
+
+
+class Reading(NamedTuple):
+    """What one reading of a batch and of the centers yields."""
+
+    batch: Batch
+    intra: Tensor  # (N,), the summands of Eq. 2 times mass
+    inter: Tensor  # scalar, Eq. 3
+    units: Tensor  # (N, d), the features' directions
+    norms: Tensor  # (C,), the centers' norms
+    total: Tensor  # (d,), the sum of the centers' directions
+
+
+def read_batch(
+    features: Tensor, target: Tensor, centers: Tensor, weight: Tensor | None, ignore_index: int
+) -> Batch:
+    check_int("ignore_index", ignore_index)
+    check_centers("centers", centers)
+    num_classes, feature_dim = centers.shape
+    check_batch(features, target, num_classes)
+    check_beside_centers(features, centers, weight)
+
+    dtype = _compute_dtype(features, centers)
+    features = features.to(dtype).reshape(-1, feature_dim)
+    weight = None if weight is None else weight.to(dtype)
+    counted = features.new_ones(features.shape[0])
+    if target.is_floating_point():
+        target = target.to(dtype).reshape(-1, num_classes)
+        mass = target.sum(-1) if weight is None else ops.matmul(target, weight)
+    else:
+        target, kept = split_ignored(target.reshape(-1), num_classes, ignore_index)
+        if kept is not None:
+            counted = kept.to(dtype)
+            features = features.where(kept.unsqueeze(-1), 0)
+        mass = counted if weight is None else counted * weight.index_select(0, target)
+    return Batch(features, target, counted, mass, centers.to(dtype), weight)
+
+
+def read(
+    features: Tensor, target: Tensor, centers: Tensor, weight: Tensor | None, ignore_index: int
+) -> Reading:
+    batch = read_batch(features, target, centers, weight, ignore_index)
+    units, _ = ops.unit(batch.features)
+    if batch.target.is_floating_point():
+        center_units, norms = ops.unit(batch.centers)
+        directions, total = _mix(batch, center_units), center_units.sum(0)
+    else:
+        directions, total, norms = ops.unit_rows(batch.centers, batch.target)
+    return Reading(
+        batch, _intra(batch, units, directions), _inter(total, norms), units, norms, total
+    )
+
+
+def reduce(intra: Tensor, mass: Tensor, inter: Tensor | None, reduction: Reduction) -> Tensor:
+    """The loss from the summands of Eq. 2 and, where given, Eq. 3 beside each of them."""
+    if reduction == "mean":
+        total = mass.sum()
+        mean = intra.sum() / total.masked_fill(total == 0, 1)
+        return mean if inter is None else mean + inter
+    loss = intra if inter is None else intra + mass * inter
+    return loss if reduction == "none" else loss.sum()
+
+
+def next_centers(reading: Reading, center_lr: float, *, start: bool = False) -> Tensor:
+    """Eq. 8 without the samples that are not finite; `start` puts zero centers on their samples."""
+    batch = reading.batch
+    finite = reading.intra.isfinite()
+    counted = batch.counted.where(finite, 0)
+    units = reading.units.where(finite.unsqueeze(-1), 0)
+    moved = ops.move_centers(
+        units, batch.target, counted, batch.centers, reading.norms, reading.total, center_lr
+    )
+    if start:
+        ops.start_centers(units, batch.target, counted, moved, reading.norms)
+    return moved
+
+
+def _intra(batch: Batch, units: Tensor, directions: Tensor) -> Tensor:
+    cosines = (units * directions).sum(-1)
+    if batch.target.is_floating_point():
+        return _within((batch.mass - cosines) / 2, 0, batch.mass)
+    return _within((1 - cosines) / 2, 0, 1) * batch.mass
+
+
+def _inter(total: Tensor, norms: Tensor) -> Tensor:
+    num_classes = norms.shape[0]
+    # Sum over all pairs, then without each center beside itself. A zero center has no direction.
+    pairs = total.square().sum() - norms.isfinite().sum()
+    least = (num_classes - 2) / (2 * (num_classes - 1))
+    return _within((pairs / (num_classes * (num_classes - 1)) + 1) / 2, least, 1)
+
+
+def _mix(batch: Batch, center_units: Tensor) -> Tensor:
+    """Each sample's mean of unit centers under its class probabilities and the class weights."""
+    if batch.weight is not None:
+        center_units = center_units * batch.weight.unsqueeze(-1)
+    return ops.matmul(batch.target, center_units)
+
+
+def _within(value: Tensor, least: float, most: float | Tensor) -> Tensor:
+    """Undoes rounding past the bounds, and leaves the derivatives alone."""
+    return value + (value.clamp(min=least).clamp(max=most) - value).detach()
+
+
+def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype

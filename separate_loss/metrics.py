@@ -1,0 +1,256 @@
+"""How compact classes are, how far apart, how true the learned centers: the paper's Table 1.
+
+All figures are plain cosines in [-1, 1], not the similarities of Eq. 1, computed in float64 where
+the device has it. A class without samples has no center: its row and its figures are NaN, and
+means leave it out.
+"""
+
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from separate_loss import ops
+from separate_loss._checks import (
+    check_batch,
+    check_centers,
+    check_choice,
+    check_device,
+    check_int,
+    split_ignored,
+)
+
+__all__ = [
+    "ClassStatistics",
+    "center_agreement",
+    "class_centers",
+    "inter_class_similarity",
+    "intra_class_similarity",
+]
+
+Reduction = Literal["none", "mean"]
+
+
+class ClassStatistics:
+    """What the metrics need of a data set that arrives in batches, in O(C d) memory.
+
+    Args:
+        num_classes: C, at least 2.
+        feature_dim: d, at least 1.
+        ignore_index: samples with this class index are left out.
+        device: where the batches will be.
+
+    Example:
+        >>> statistics = ClassStatistics(num_classes=2, feature_dim=2)
+        >>> for features, labels in [
+        ...     (torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 1])),
+        ...     (torch.tensor([[1.0, 2.0]]), torch.tensor([0])),
+        ... ]:
+        ...     _ = statistics.update(features, labels)
+        >>> statistics.class_centers()
+        tensor([[1., 1.],
+                [0., 3.]], dtype=torch.float64)
+        >>> statistics.intra_class_similarity(reduction="none")
+        tensor([0.8279, 1.0000], dtype=torch.float64)
+
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        feature_dim: int,
+        *,
+        ignore_index: int = -100,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        check_int("num_classes", num_classes, least=2)
+        check_int("feature_dim", feature_dim, least=1)
+        check_int("ignore_index", ignore_index)
+        sums = torch.zeros(num_classes, feature_dim, device=device)
+        self.ignore_index = ignore_index
+        self.sums = _wide(sums)
+        self.unit_sums = torch.zeros_like(self.sums)
+        self.counts = torch.zeros_like(self.sums[:, 0])
+
+    @torch.no_grad()
+    def update(self, features: Tensor, target: Tensor) -> Self:
+        """Adds a batch of features (*, d) with class indices (*); returns itself."""
+        num_classes, feature_dim = self.sums.shape
+        check_batch(features, target, num_classes)
+        if target.is_floating_point():
+            raise TypeError(f"target must hold class indices, got {target.dtype}")
+        if features.shape[-1] != feature_dim:
+            raise ValueError(
+                f"features must have {feature_dim} values in the last dimension, "
+                f"got shape {tuple(features.shape)}"
+            )
+        check_device("features", features, "the statistics", self.sums)
+        index, kept = split_ignored(target.reshape(-1), num_classes, self.ignore_index)
+        vectors = _wide(features.reshape(-1, feature_dim))
+        counted = torch.ones_like(vectors[:, 0])
+        if kept is not None:
+            counted = counted.where(kept, 0)
+            vectors = vectors.where(kept.unsqueeze(-1), 0)
+        self.sums.index_add_(0, index, vectors)
+        self.unit_sums.index_add_(0, index, ops.unit(vectors)[0])
+        self.counts.index_add_(0, index, counted)
+        return self
+
+    def class_centers(self) -> Tensor:
+        """As the function :func:`class_centers`."""
+        return self.sums / self.counts.unsqueeze(-1)
+
+    def intra_class_similarity(
+        self, centers: Tensor | None = None, *, reduction: Reduction = "mean"
+    ) -> Tensor:
+        """As the function :func:`intra_class_similarity`; without `centers`, to the class means."""
+        check_choice("reduction", reduction, Reduction)
+        if centers is None:
+            centers = self.class_centers()
+        _check_fit("centers", centers, self.sums)
+        # The mean cosine of a class is the mean of its unit vectors along its center.
+        means = self.unit_sums / self.counts.unsqueeze(-1)
+        return _reduce((means * ops.unit(_wide(centers))[0]).sum(-1), reduction)
+
+
+def class_centers(
+    features: Tensor, target: Tensor, num_classes: int, *, ignore_index: int = -100
+) -> Tensor:
+    """The true class centers: the mean feature of each class.
+
+    Args:
+        features: floating point, (*, d).
+        target: class indices, (*), in [0, C) or `ignore_index`.
+        num_classes: C, at least 2.
+        ignore_index: samples with this class index are left out.
+
+    Returns:
+        Means (C, d); NaN for a class without samples.
+
+    Raises:
+        TypeError, ValueError, IndexError: an argument is of a wrong type, size or range.
+
+    Example:
+        >>> class_centers(torch.tensor([[1.0, 0.0], [1.0, 2.0]]), torch.tensor([1, 1]), 2)
+        tensor([[nan, nan],
+                [1., 1.]], dtype=torch.float64)
+
+    """
+    return _statistics(features, target, num_classes, ignore_index).class_centers()
+
+
+def intra_class_similarity(
+    features: Tensor,
+    target: Tensor,
+    centers: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Mean cosine of a class's features to its center.
+
+    Args:
+        features: floating point, (*, d).
+        target: class indices, (*), in [0, C) or `ignore_index`.
+        centers: learned centers or those of :func:`class_centers`, (C, d).
+        ignore_index: samples with this class index are left out.
+        reduction: ``"mean"`` over the classes, or ``"none"`` for the figure of each.
+
+    Returns:
+        A scalar, or (C,).
+
+    Raises:
+        TypeError, ValueError, IndexError: an argument is of a wrong type, size or range.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+        >>> labels = torch.tensor([0, 0, 1])
+        >>> intra_class_similarity(features, labels, torch.eye(2), reduction="none")
+        tensor([0.5000, 0.7071], dtype=torch.float64)
+
+    """
+    check_centers("centers", centers)
+    statistics = _statistics(features, target, centers.shape[0], ignore_index)
+    return statistics.intra_class_similarity(centers, reduction=reduction)
+
+
+def inter_class_similarity(centers: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    """Mean cosine between centers of different classes; per class, to those of all others.
+
+    Args:
+        centers: learned centers or those of :func:`class_centers`, (C, d); NaN rows are left out.
+        reduction: ``"mean"`` over the classes, or ``"none"`` for the figure of each.
+
+    Returns:
+        A scalar, or (C,); NaN where fewer than two classes have a center.
+
+    Raises:
+        TypeError, ValueError: an argument is of a wrong type, size or value.
+
+    Example:
+        >>> inter_class_similarity(torch.tensor([[2.0, 0.0], [0.0, 1.0], [-3.0, 0.0]]))
+        tensor(-0.3333, dtype=torch.float64)
+
+    """
+    check_centers("centers", centers)
+    check_choice("reduction", reduction, Reduction)
+    units, _ = ops.unit(_wide(centers))
+    absent = units.isnan().any(-1)
+    units = units.masked_fill(absent.unsqueeze(-1), 0)
+    others = (~absent).sum() - 1
+    cosines = (units * (units.sum(0) - units)).sum(-1) / others.masked_fill(others < 1, 0)
+    return _reduce(cosines.masked_fill(absent, torch.nan), reduction)
+
+
+def center_agreement(
+    centers: Tensor, true_centers: Tensor, *, reduction: Reduction = "mean"
+) -> Tensor:
+    """Cosine of each learned center to the true center of its class.
+
+    Args:
+        centers: learned centers, (C, d).
+        true_centers: those of :func:`class_centers`, (C, d); NaN rows are left out.
+        reduction: ``"mean"`` over the classes, or ``"none"`` for the figure of each.
+
+    Returns:
+        A scalar, or (C,).
+
+    Raises:
+        TypeError, ValueError: an argument is of a wrong type, size or value.
+
+    Example:
+        >>> center_agreement(torch.eye(2), torch.tensor([[2.0, 0.0], [1.0, 1.0]]), reduction="none")
+        tensor([1.0000, 0.7071], dtype=torch.float64)
+
+    """
+    check_centers("centers", centers)
+    _check_fit("true_centers", true_centers, centers)
+    check_choice("reduction", reduction, Reduction)
+    (units, _), (true_units, _) = ops.unit(_wide(centers)), ops.unit(_wide(true_centers))
+    return _reduce((units * true_units).sum(-1), reduction)
+
+
+def _statistics(
+    features: Tensor, target: Tensor, num_classes: int, ignore_index: int
+) -> ClassStatistics:
+    check_int("num_classes", num_classes, least=2)
+    check_batch(features, target, num_classes)
+    return ClassStatistics(
+        num_classes, features.shape[-1], ignore_index=ignore_index, device=features.device
+    ).update(features, target)
+
+
+def _check_fit(name: str, value: Tensor, like: Tensor) -> None:
+    check_centers(name, value)
+    if value.shape != like.shape:
+        raise ValueError(f"{name} must have shape {tuple(like.shape)}, got {tuple(value.shape)}")
+
+
+def _reduce(cosines: Tensor, reduction: Reduction) -> Tensor:
+    cosines = cosines.clamp(-1, 1)
+    return cosines.nanmean() if reduction == "mean" else cosines
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float64, which Apple's GPUs do not have."""
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()

@@ -1,0 +1,184 @@
+"""The loss as a module that owns its centers."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from separate_loss._checks import (
+    CenterInit,
+    CenterUpdate,
+    Reduction,
+    check_centers,
+    check_choice,
+    check_int,
+    check_rate,
+    check_weight,
+)
+from separate_loss.functional import next_centers, read, reduce
+
+__all__ = ["SeparateLoss", "Terms"]
+
+
+class Terms(NamedTuple):
+    """The two terms of a step, detached scalars; intra is the mean, whatever the reduction."""
+
+    intra: Tensor
+    inter: Tensor
+
+
+class SeparateLoss(nn.Module):
+    r"""The separate loss (Eq. 4) with centers of its own, used beside softmax loss.
+
+    .. math:: L = L_s + \lambda (L_{intra} + L_{inter}) \tag{9}
+
+    with lambda = 0.9 in the paper. Take features where they can be negative, from a linear layer or
+    before an activation; after ReLU the class means can hardly move apart.
+
+    Args:
+        num_classes: C, at least 2.
+        feature_dim: d, at least 1.
+        center_update: ``"paper"`` keeps the centers in a buffer and moves them by Eq. 8 at the end
+            of each `forward`, in training mode with gradients on, as BatchNorm does with its
+            statistics: nothing to hand to an optimizer. ``"gradient"`` makes them a parameter, for
+            an optimizer to move. ``"none"`` leaves the buffer to the caller.
+        center_lr: alpha of Eq. 8, for ``center_update="paper"``; finite and not negative.
+        center_init: where centers start. ``"features"``: at zero, and from there to the mean
+            direction of the first features of their class; it needs the paper's update, whose
+            default it is. ``"sphere"``: random directions of norm 1, the default otherwise.
+            ``"normal"``: N(0, 1). ``"uniform"``: U(0, 1). Or a tensor (C, d) of finite values.
+        weight, ignore_index, reduction: as in :func:`separate_loss.functional.separate_loss`.
+            Class weights act on the loss, not on the paper's update.
+        device, dtype: of the centers; keep them in float32 or wider for small steps to count.
+
+    Shape:
+        features (*, d) and target (*) or (*, C), as the function takes them, to a scalar, or (*)
+        for ``reduction="none"``.
+
+    Attributes:
+        centers: (C, d), buffer or parameter; in the `state_dict` under the same name in all modes.
+        last_terms: intra- and inter-class loss of the last call, for logging; None before any.
+
+    Raises:
+        TypeError, ValueError: an argument is of a wrong type or out of its range.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> criterion = SeparateLoss(num_classes=3, feature_dim=8)
+        >>> features, labels = torch.randn(16, 8, requires_grad=True), torch.arange(16) % 3
+        >>> logits = torch.nn.functional.linear(features, torch.randn(3, 8))
+        >>> loss = torch.nn.functional.cross_entropy(logits, labels)
+        >>> loss = loss + 0.9 * criterion(features, labels)
+        >>> loss.backward()
+
+    Source:
+        Li et al., ACML 2019, PMLR 101:897-911. The paper gives neither `center_lr` nor starting
+        values; docs/centers.md has the measurements behind these.
+
+    """
+
+    centers: Tensor
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        feature_dim: int,
+        *,
+        center_update: CenterUpdate = "paper",
+        center_lr: float = 10.0,
+        center_init: CenterInit | Tensor | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_int("num_classes", num_classes, least=2)
+        check_int("feature_dim", feature_dim, least=1)
+        check_choice("center_update", center_update, CenterUpdate)
+        check_rate("center_lr", center_lr)
+        check_int("ignore_index", ignore_index)
+        check_choice("reduction", reduction, Reduction)
+        if weight is not None:
+            check_weight(weight, num_classes)
+        if center_init is None:
+            center_init = "features" if center_update == "paper" else "sphere"
+
+        self.num_classes = num_classes
+        self.feature_dim = feature_dim
+        self.center_update = center_update
+        self.center_lr = center_lr
+        self.center_init = center_init if isinstance(center_init, str) else "tensor"
+        self.ignore_index = ignore_index
+        self.reduction: Reduction = reduction
+        self.last_terms: Terms | None = None
+
+        centers = torch.empty(num_classes, feature_dim, device=device, dtype=dtype)
+        _start(centers, center_init, center_update)
+        if center_update == "gradient":
+            self.centers = nn.Parameter(centers)
+        else:
+            self.register_buffer("centers", centers)
+        self.register_buffer("weight", None if weight is None else weight.to(centers))
+
+    def forward(self, features: Tensor, target: Tensor) -> Tensor:
+        """The loss under the centers as they are; then, where they should, the centers move."""
+        reading = read(features, target, self.centers, self.weight, self.ignore_index)
+        loss = reduce(reading.intra, reading.batch.mass, reading.inter, self.reduction)
+        with torch.no_grad():
+            intra = reduce(reading.intra, reading.batch.mass, None, "mean")
+        self.last_terms = Terms(intra.detach(), reading.inter.detach())
+        if self.center_update == "paper" and self.training and torch.is_grad_enabled():
+            with torch.no_grad():
+                start = self.center_init == "features"
+                self.centers.copy_(next_centers(reading, self.center_lr, start=start))
+        return loss.reshape(features.shape[:-1]) if self.reduction == "none" else loss
+
+    def extra_repr(self) -> str:
+        """The arguments as they are in force, for `repr`."""
+        parts = [
+            f"num_classes={self.num_classes}",
+            f"feature_dim={self.feature_dim}",
+            f"center_update={self.center_update!r}",
+            f"center_init={self.center_init!r}",
+            f"reduction={self.reduction!r}",
+        ]
+        if self.center_update == "paper":
+            parts.insert(3, f"center_lr={self.center_lr}")
+        if self.ignore_index != -100:
+            parts.append(f"ignore_index={self.ignore_index}")
+        if self.weight is not None:
+            parts.append("weight=...")
+        return ", ".join(parts)
+
+
+def _start(centers: Tensor, init: CenterInit | Tensor, update: CenterUpdate) -> None:
+    """Fills new centers in place."""
+    if isinstance(init, Tensor):
+        check_centers("center_init", init)
+        if init.shape != centers.shape:
+            raise ValueError(
+                f"center_init must have shape {tuple(centers.shape)}, got {tuple(init.shape)}"
+            )
+        if not bool(init.isfinite().all()):
+            raise ValueError("center_init must hold finite values, got NaN or infinity")
+        centers.copy_(init)
+        return
+    check_choice("center_init", init, CenterInit)
+    match init:
+        case "features":
+            if update != "paper":
+                raise ValueError(
+                    "center_init='features' needs center_update='paper', which starts the centers, "
+                    f"got center_update={update!r}"
+                )
+            centers.zero_()
+        case "sphere":
+            nn.init.normal_(centers)
+            centers.div_(torch.linalg.vector_norm(centers, dim=-1, keepdim=True))
+        case "normal":
+            nn.init.normal_(centers)
+        case "uniform":
+            nn.init.uniform_(centers)
