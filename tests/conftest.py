@@ -1,0 +1,22 @@
+"""Hypothesis profiles: `ci` draws the same cases each time, `fuzz` draws many new ones."""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests import properties
+
+settings.register_profile("ci", max_examples=60, derandomize=True, deadline=None, print_blob=True)
+settings.register_profile(
+    "fuzz",
+    max_examples=2_500,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"{properties.cases_drawn} cases drawn by Hypothesis")

@@ -1,0 +1,187 @@
+"""Every function against the oracle, and the gradients against Eq. 5 to 7."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from separate_loss import functional as F
+from separate_loss import separate_loss
+from separate_loss._checks import Reduction
+from tests import reference
+from tests.properties import REDUCTIONS, Problem, assert_equal, holds_for, problems
+
+# Norms that each type can hold together with their gradients.
+DTYPES = [
+    pytest.param(torch.float64, 60, id="float64"),
+    pytest.param(torch.float32, 17, id="float32"),
+    pytest.param(torch.float16, 1, id="float16"),
+    pytest.param(torch.bfloat16, 17, id="bfloat16"),
+]
+
+
+def drawn(data: st.DataObject, dtype: torch.dtype, reach: int, **options: object) -> Problem:
+    return data.draw(problems(reach=reach, **options)).to(dtype)  # type: ignore[arg-type]
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """Half types are computed in float32, from values that were rounded before."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
+@holds_for(data=st.data())
+def test_similarity_is_eq_1(data: st.DataObject, dtype: torch.dtype, reach: int) -> None:
+    problem = drawn(data, dtype, reach)
+    a, b = problem.features[0], problem.centers
+    features, _, centers = problem.arrays
+    expected = [reference.similarity(features[0], center) for center in centers]
+    result = F.similarity(a, b)
+    assert result.dtype == computed_in(dtype)
+    assert_equal(result, np.array(expected), result.dtype)
+    assert torch.equal(result, F.similarity(b, a))
+    assert ((result >= 0) & (result <= 1)).all()
+
+
+@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
+@holds_for(data=st.data(), reduction=REDUCTIONS)
+def test_intra_class_loss_is_eq_2(
+    data: st.DataObject, reduction: Reduction, dtype: torch.dtype, reach: int
+) -> None:
+    problem = drawn(data, dtype, reach)
+    result = F.intra_class_loss(
+        problem.features,
+        problem.target,
+        problem.centers,
+        weight=problem.weight,
+        ignore_index=problem.ignore_index,
+        reduction=reduction,
+    )
+    expected = reference.intra_loss(*problem.arrays, problem.weights, reduction)
+    assert_equal(result, expected, computed_in(dtype))
+
+
+@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
+@holds_for(data=st.data())
+def test_inter_class_loss_is_eq_3(data: st.DataObject, dtype: torch.dtype, reach: int) -> None:
+    problem = drawn(data, dtype, reach)
+    result = F.inter_class_loss(problem.centers)
+    assert_equal(result, reference.inter(problem.arrays[2]), computed_in(dtype))
+
+
+@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
+@holds_for(data=st.data(), reduction=REDUCTIONS)
+def test_separate_loss_is_eq_4(
+    data: st.DataObject, reduction: Reduction, dtype: torch.dtype, reach: int
+) -> None:
+    problem = drawn(data, dtype, reach)
+    result = separate_loss(
+        problem.features,
+        problem.target,
+        problem.centers,
+        weight=problem.weight,
+        ignore_index=problem.ignore_index,
+        reduction=reduction,
+    )
+    assert result.dtype == computed_in(dtype)
+    expected = reference.separate_loss(*problem.arrays, problem.weights, reduction)
+    assert_equal(result, expected, result.dtype)
+
+
+@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
+@holds_for(data=st.data())
+def test_gradient_of_features_is_eq_5(data: st.DataObject, dtype: torch.dtype, reach: int) -> None:
+    problem = drawn(data, dtype, reach)
+    features, centers = problem.requiring_grad()
+    separate_loss(
+        features,
+        problem.target,
+        centers.detach(),
+        weight=problem.weight,
+        ignore_index=problem.ignore_index,
+    ).backward()
+    assert features.grad is not None
+    assert features.grad.dtype == dtype
+    expected = reference.features_gradient(*problem.arrays, problem.weights)
+    assert_equal_times_norms(features.grad, expected, problem.arrays[0], dtype)
+
+
+@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
+@holds_for(data=st.data())
+def test_gradient_of_centers_is_that_of_eq_4(
+    data: st.DataObject, dtype: torch.dtype, reach: int
+) -> None:
+    problem = drawn(data, dtype, reach, weighted=False)
+    features, centers = problem.requiring_grad()
+    separate_loss(
+        features.detach(), problem.target, centers, ignore_index=problem.ignore_index
+    ).backward()
+    assert centers.grad is not None
+    assert centers.grad.dtype == dtype
+    expected = reference.centers_gradient(*problem.arrays)
+    assert_equal_times_norms(centers.grad, expected, problem.arrays[2], dtype)
+
+
+@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
+@holds_for(data=st.data(), center_lr=st.sampled_from([0.0, 0.01, 1.0, 10.0]))
+def test_update_centers_is_eq_6_to_8(
+    data: st.DataObject, center_lr: float, dtype: torch.dtype, reach: int
+) -> None:
+    problem = drawn(data, dtype, reach, weighted=False)
+    before = problem.centers.clone()
+    result = F.update_centers(
+        problem.features,
+        problem.target,
+        problem.centers,
+        center_lr=center_lr,
+        ignore_index=problem.ignore_index,
+    )
+    assert result.dtype == dtype
+    assert torch.equal(before, problem.centers)
+    features, shares, centers = problem.arrays
+    expected = reference.update_centers(features, shares, centers, center_lr)
+    # A step is of the size center_lr / norm; relative to it and to the center itself.
+    size = np.linalg.norm(centers, axis=1)
+    step = np.divide(center_lr, size, out=np.zeros_like(size), where=size > 0)
+    scale = np.where(size > 0, np.maximum(size, step), 1.0)[:, None]
+    actual = result.double() / torch.from_numpy(scale)
+    # Infinity where a type cannot hold the step of a tiny center.
+    held = np.abs(expected) < torch.finfo(dtype).max
+    assert_equal(actual[torch.from_numpy(held)], (expected / scale)[held], dtype)
+
+
+def assert_equal_times_norms(
+    gradient: torch.Tensor, expected: reference.Array, vectors: reference.Array, dtype: torch.dtype
+) -> None:
+    """Gradients are of the size 1 / norm: multiplied by it, all rows are of order 1."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert_equal(gradient.double() * torch.from_numpy(norms), expected * norms, dtype)
+
+
+def test_update_is_not_a_gradient_step() -> None:
+    """Eq. 7 is half of a gradient and Eq. 6 one divided by 1 + n_j: both differ from Eq. 4's."""
+    torch.manual_seed(0)
+    features = torch.randn(6, 5, dtype=torch.float64)
+    target = torch.tensor([0, 0, 0, 1, 1, 2])
+    centers = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    intra = F.intra_class_loss(features, target, centers)
+    inter = F.inter_class_loss(centers)
+    (of_intra,) = torch.autograd.grad(intra, centers)
+    (of_inter,) = torch.autograd.grad(inter, centers)
+    step = centers - F.update_centers(features, target, centers, center_lr=1.0)
+    counts = torch.tensor([3, 2, 1, 0], dtype=torch.float64).unsqueeze(-1)
+    torch.testing.assert_close(step, of_intra / (1 + counts) + of_inter / 2)
+    assert not torch.allclose(step, of_intra + of_inter, rtol=0.1)
+
+
+def test_reductions_of_a_batch_that_counts_for_nothing() -> None:
+    centers = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    inter = F.inter_class_loss(centers)
+    empty = torch.zeros(0, 2), torch.zeros(0, dtype=torch.long)
+    ignored = torch.ones(3, 2), torch.full((3,), -100)
+    for features, target in (empty, ignored):
+        assert separate_loss(features, target, centers) == inter
+        assert separate_loss(features, target, centers, reduction="sum") == 0
+        each = separate_loss(features, target, centers, reduction="none")
+        assert torch.equal(each, torch.zeros(len(features)))
+        assert F.intra_class_loss(features, target, centers) == 0
