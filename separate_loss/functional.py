@@ -331,7 +331,7 @@ def next_centers(reading: Reading, center_lr: float, *, start: bool = False) -> 
         units, batch.target, counted, batch.centers, reading.norms, reading.total, center_lr
     )
     if start:
-        ops.start_centers(units, batch.target, counted, moved, reading.norms)
+        moved = ops.start_centers(units, batch.target, counted, moved, reading.norms)
     return moved
 
 

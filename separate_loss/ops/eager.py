@@ -183,17 +183,18 @@ def move_centers(
 def start_centers(
     units: Tensor, target: Tensor, counted: Tensor, centers: Tensor, norms: Tensor
 ) -> Tensor:
-    """Puts each zero center whose class is in the batch on the class's mean direction, in place.
+    """The centers with each zero one on the mean direction of its class, if that is in the batch.
 
-    Arguments as in `move_centers`; `norms` are infinite where a center is zero. Under class
-    probabilities a class is in the batch when it has at least half a sample there.
+    Arguments as in `move_centers`, with `norms` infinite where a center is zero; `centers` may be
+    overwritten. Under class probabilities a class is in the batch if it has half a sample there.
     """
     waiting = norms.isinf()
     if target.is_floating_point():
         present = matmul(counted, target) >= 0.5
         directions, _ = unit(matmul(target.mT, units))
-        return centers.copy_(torch.where((waiting & present).unsqueeze(-1), directions, centers))
-    starting = (waiting.index_select(0, target) & (counted > 0)).unsqueeze(-1)
+        return torch.where((waiting & present).unsqueeze(-1), directions, centers)
+    # All samples of a class, counted or not, write the same row.
+    starting = waiting.index_select(0, target).unsqueeze(-1)
     centers.index_add_(0, target, units * starting)
     rows = centers.index_select(0, target)
     return centers.index_copy_(0, target, torch.where(starting, unit(rows)[0], rows))

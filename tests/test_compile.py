@@ -1,0 +1,95 @@
+"""torch.compile: no graph break, one compilation over changing batch sizes, the same results."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from separate_loss import SeparateLoss, separate_loss
+from separate_loss import functional as F
+
+NUM_CLASSES, FEATURE_DIM = 7, 16
+SIZES = [8, 5, 32, 17]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def batch(kind: str, size: int) -> tuple[Tensor, Tensor]:
+    features = torch.randn(size, FEATURE_DIM)
+    if kind == "probabilities":
+        return features, torch.rand(size, NUM_CLASSES).softmax(-1)
+    target = torch.randint(NUM_CLASSES, (size,))
+    if kind == "ignoring":
+        target[0] = -100
+    return features, target
+
+
+def compiled(function: Any) -> tuple[Any, CompileCounterWithBackend]:
+    counter = CompileCounterWithBackend("inductor")
+    return torch.compile(function, fullgraph=True, dynamic=True, backend=counter), counter
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", ["indices", "ignoring", "probabilities"])
+def test_function(kind: str, reduction: Any) -> None:
+    def loss(features: Tensor, target: Tensor, centers: Tensor) -> Tensor:
+        return separate_loss(features, target, centers, reduction=reduction).sum()
+
+    fast, counter = compiled(loss)
+    for size in SIZES:
+        features, target = batch(kind, size)
+        centers = torch.randn(NUM_CLASSES, FEATURE_DIM)
+        results = []
+        for function in (loss, fast):
+            leaves = features.clone().requires_grad_(), centers.clone().requires_grad_()
+            value = function(leaves[0], target, leaves[1])
+            results.append((value, *torch.autograd.grad(value, leaves)))
+        torch.testing.assert_close(*results)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("center_update", ["paper", "gradient", "none"])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_module_in_training(kind: str, center_update: Any) -> None:
+    plain = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_update=center_update)
+    twin = copy.deepcopy(plain)
+    fast, counter = compiled(twin)
+    for size in SIZES:
+        features, target = batch(kind, size)
+        results = []
+        for criterion, call in ((plain, plain), (twin, fast)):
+            leaf = features.clone().requires_grad_()
+            loss = call(leaf, target)
+            loss.backward()
+            assert criterion.last_terms is not None
+            grads = leaf.grad, criterion.centers.grad
+            results.append((loss, grads, criterion.centers.detach().clone(), criterion.last_terms))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
+    assert counter.frame_count == 1
+
+
+def test_update() -> None:
+    def update(features: Tensor, target: Tensor, centers: Tensor) -> Tensor:
+        return F.update_centers(features, target, centers, center_lr=0.5)
+
+    fast, counter = compiled(update)
+    for size in SIZES:
+        arguments = *batch("indices", size), torch.randn(NUM_CLASSES, FEATURE_DIM)
+        torch.testing.assert_close(fast(*arguments), update(*arguments))
+    assert counter.frame_count == 1
+
+
+def test_labels_out_of_range_are_said_clearly() -> None:
+    fast, _ = compiled(separate_loss)
+    features, target = batch("indices", 4)
+    target[1] = NUM_CLASSES
+    with pytest.raises(RuntimeError, match="target must hold class indices|index out of bounds"):
+        fast(features, target, torch.randn(NUM_CLASSES, FEATURE_DIM))

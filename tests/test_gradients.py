@@ -1,0 +1,187 @@
+"""Derivatives of first and second order, backward, forward and under torch.func."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+
+from separate_loss import SeparateLoss, separate_loss
+from separate_loss import functional as F
+from separate_loss._checks import Reduction
+
+TargetKind = Literal["indices", "ignoring", "probabilities"]
+
+NUM_SAMPLES, NUM_CLASSES, FEATURE_DIM = 6, 5, 4
+
+
+def doubles(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def features() -> Tensor:
+    return doubles(NUM_SAMPLES, FEATURE_DIM).requires_grad_()
+
+
+@pytest.fixture
+def centers() -> Tensor:
+    return doubles(NUM_CLASSES, FEATURE_DIM).requires_grad_()
+
+
+def target_of(kind: TargetKind) -> Tensor:
+    if kind == "probabilities":
+        return doubles(NUM_SAMPLES, NUM_CLASSES).softmax(-1)
+    target = torch.tensor([0, 0, 1, 2, 2, 2])
+    if kind == "ignoring":
+        target[1] = -100
+    return target
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", ["indices", "ignoring", "probabilities"])
+@pytest.mark.parametrize("function", [separate_loss, F.intra_class_loss])
+def test_gradients_of_first_and_second_order(
+    function: Callable[..., Tensor],
+    kind: TargetKind,
+    weighted: bool,
+    reduction: Reduction,
+    features: Tensor,
+    centers: Tensor,
+) -> None:
+    weight = torch.rand(NUM_CLASSES, dtype=torch.float64) if weighted else None
+    target = target_of(kind)
+
+    def loss(features: Tensor, centers: Tensor) -> Tensor:
+        return function(features, target, centers, weight=weight, reduction=reduction)
+
+    assert gradcheck(
+        loss, (features, centers), check_forward_ad=True, check_batched_forward_grad=True
+    )
+    assert gradcheck(loss, (features, centers), check_batched_grad=True)
+    assert gradgradcheck(loss, (features, centers), check_fwd_over_rev=True)
+
+
+def test_gradients_of_similarity_and_inter_class_loss(features: Tensor, centers: Tensor) -> None:
+    cases: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
+        (F.similarity, (features, centers[:1])),
+        (F.inter_class_loss, (centers,)),
+    ]
+    for function, arguments in cases:
+        assert gradcheck(function, arguments, check_forward_ad=True)
+        assert gradgradcheck(function, arguments, check_fwd_over_rev=True)
+
+
+def test_gradients_of_learned_soft_labels(features: Tensor, centers: Tensor) -> None:
+    target = target_of("probabilities").requires_grad_()
+    weight = torch.rand(NUM_CLASSES, dtype=torch.float64)
+
+    def loss(target: Tensor) -> Tensor:
+        return separate_loss(features, target, centers, weight=weight)
+
+    assert gradcheck(loss, target)
+    assert gradgradcheck(loss, target)
+
+
+def test_second_derivatives_where_cosines_are_at_their_bounds() -> None:
+    """The value is clamped to its bounds there; its derivatives must not be."""
+    centers = doubles(3, 4)
+    features = torch.stack([centers[0] * 1.7, centers[1] * -0.3]).requires_grad_()
+    target = torch.tensor([0, 1])
+
+    def loss(features: Tensor) -> Tensor:
+        return separate_loss(features, target, centers)
+
+    assert gradcheck(loss, features)
+    assert gradgradcheck(loss, features)
+
+
+@pytest.mark.parametrize("kind", ["indices", "ignoring", "probabilities"])
+def test_func_transforms_agree_with_autograd(
+    kind: TargetKind, features: Tensor, centers: Tensor
+) -> None:
+    target = target_of(kind)
+
+    def loss(features: Tensor, centers: Tensor) -> Tensor:
+        return separate_loss(features, target, centers)
+
+    expected = torch.autograd.grad(loss(features, centers), (features, centers))
+    arguments = features.detach(), centers.detach()
+    for transform in (grad, jacrev, jacfwd):
+        torch.testing.assert_close(transform(loss, argnums=(0, 1))(*arguments), expected)
+    slope = jvp(loss, arguments, arguments)[1]
+    # The loss does not change with any norm, so it has no slope along its own arguments.
+    torch.testing.assert_close(slope, torch.zeros_like(slope))
+    forward_over_reverse = hessian(loss, argnums=(0, 1))(*arguments)
+    reverse_over_reverse = jacrev(jacrev(loss, argnums=(0, 1)), argnums=(0, 1))(*arguments)
+    torch.testing.assert_close(forward_over_reverse, reverse_over_reverse)
+
+
+@pytest.mark.parametrize("kind", ["indices", "ignoring", "probabilities"])
+def test_per_sample_gradients_by_vmap(kind: TargetKind, features: Tensor, centers: Tensor) -> None:
+    target = target_of(kind)
+
+    def loss(sample: Tensor, label: Tensor, centers: Tensor) -> Tensor:
+        return separate_loss(sample, label, centers, reduction="sum")
+
+    per_sample = vmap(grad(loss, argnums=(0, 2)), in_dims=(0, 0, None))
+    arguments = features.detach(), target, centers.detach()
+    of_features, of_centers = per_sample(*arguments)
+    for i in range(NUM_SAMPLES):
+        one = grad(loss, argnums=(0, 2))(features.detach()[i], target[i], centers.detach())
+        torch.testing.assert_close((of_features[i], of_centers[i]), one)
+
+
+def test_batches_of_problems_by_vmap() -> None:
+    features, centers = doubles(3, NUM_SAMPLES, FEATURE_DIM), doubles(3, NUM_CLASSES, FEATURE_DIM)
+    target = torch.randint(NUM_CLASSES, (3, NUM_SAMPLES))
+
+    def updated(features: Tensor, target: Tensor, centers: Tensor) -> Tensor:
+        return F.update_centers(features, target, centers, center_lr=1.0)
+
+    for function in (separate_loss, updated):
+        result = vmap(function)(features, target, centers)
+        one_by_one = [function(*problem) for problem in zip(features, target, centers, strict=True)]
+        torch.testing.assert_close(result, torch.stack(one_by_one))
+
+
+def test_module_in_functional_call(features: Tensor, centers: Tensor) -> None:
+    criterion = SeparateLoss(
+        NUM_CLASSES, FEATURE_DIM, center_update="gradient", dtype=torch.float64
+    )
+    target = target_of("indices")
+    loss = functional_call(criterion, {"centers": centers}, (features, target))
+    assert torch.equal(loss, separate_loss(features, target, centers))
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_zero_vectors_have_finite_derivatives(kind: TargetKind) -> None:
+    features, centers = doubles(NUM_SAMPLES, FEATURE_DIM), doubles(NUM_CLASSES, FEATURE_DIM)
+    features[0] = centers[1] = 0
+    features.requires_grad_()
+    centers.requires_grad_()
+    loss = separate_loss(features, target_of(kind), centers)
+    first = torch.autograd.grad(loss, (features, centers), create_graph=True)
+    squared = first[0].square().sum() + first[1].square().sum()
+    second = torch.autograd.grad(squared, (features, centers))
+    for part, zero_row in zip((*first, *second), (0, 1, 0, 1), strict=True):
+        assert part.isfinite().all()
+        assert torch.equal(part[zero_row], torch.zeros(FEATURE_DIM, dtype=torch.float64))
+
+
+def test_gradient_of_part_of_the_terms(features: Tensor, centers: Tensor) -> None:
+    """Each term alone has the gradient that it has in the sum."""
+    target = target_of("indices")
+    (whole,) = torch.autograd.grad(separate_loss(features, target, centers), centers)
+    (intra,) = torch.autograd.grad(F.intra_class_loss(features, target, centers), centers)
+    (inter,) = torch.autograd.grad(F.inter_class_loss(centers), centers)
+    torch.testing.assert_close(whole, intra + inter)

@@ -1,0 +1,114 @@
+"""What a step allocates: nothing over pairs of classes, nothing over samples times classes."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from separate_loss import SeparateLoss
+
+# Different primes, so that a size tells what a tensor ranges over.
+NUM_SAMPLES, NUM_CLASSES, FEATURE_DIM = 83, 97, 13
+
+
+class Shapes(TorchDispatchMode):
+    """Records the shape of every tensor that any operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.seen.update(self._shapes(result))
+        return result
+
+    @staticmethod
+    def _shapes(result: Any) -> Iterator[tuple[int, ...]]:
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                yield tuple(value.shape)
+
+
+@pytest.mark.parametrize("center_update", ["paper", "gradient"])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_no_tensor_over_pairs(kind: str, center_update: Any) -> None:
+    torch.manual_seed(0)
+    criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_update=center_update)
+    features = torch.randn(NUM_SAMPLES, FEATURE_DIM, requires_grad=True)
+    target = torch.randint(NUM_CLASSES, (NUM_SAMPLES,))
+    if kind == "probabilities":
+        target = torch.rand(NUM_SAMPLES, NUM_CLASSES).softmax(-1)
+    with Shapes() as shapes:
+        criterion(features, target).backward()
+    assert (NUM_CLASSES, FEATURE_DIM) in shapes.seen
+    for shape in shapes.seen:
+        size = torch.Size(shape).numel()
+        assert size <= max(NUM_SAMPLES, NUM_CLASSES) * FEATURE_DIM or (
+            # Views of the caller's own probabilities.
+            kind == "probabilities" and sorted(shape) == [NUM_SAMPLES, NUM_CLASSES]
+        ), shape
+    if kind == "indices":
+        assert not any({NUM_SAMPLES, NUM_CLASSES} <= set(shape) for shape in shapes.seen)
+
+
+@pytest.mark.parametrize("center_update", ["paper", "gradient"])
+def test_probabilities_are_not_copied(center_update: Any) -> None:
+    torch.manual_seed(0)
+    criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_update=center_update)
+    features = torch.randn(NUM_SAMPLES, FEATURE_DIM, requires_grad=True)
+    target = torch.rand(NUM_SAMPLES, NUM_CLASSES).softmax(-1)
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            for value in tree_iter(result):
+                if isinstance(value, Tensor) and value.numel() == target.numel():
+                    assert value.data_ptr() == target.data_ptr(), func
+            return result
+
+    with Copies():  # type: ignore[no-untyped-call]
+        criterion(features, target).backward()
+
+
+STEP = """
+import torch
+from pathlib import Path
+from separate_loss import SeparateLoss
+
+def resident(which):
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(which + ":")[1].split()[0]) * 1024
+
+def step(num_classes):
+    criterion = SeparateLoss(num_classes, 128, center_init="sphere", center_update=%r)
+    features = torch.randn(256, 128, requires_grad=True)
+    target = torch.randint(num_classes, (256,))
+    Path("/proc/self/clear_refs").write_text("5")  # forget earlier peaks
+    before = resident("VmRSS")
+    criterion(features, target).backward()
+    return resident("VmHWM") - before
+
+step(10)  # libraries and thread pools
+print(step(100_000))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux's /proc")
+@pytest.mark.parametrize("center_update", ["paper", "gradient"])
+def test_peak_of_a_step_with_100_000_classes(center_update: str) -> None:
+    """Forward, backward and update stay far under the 40 GB of the textbook form."""
+    output = subprocess.run(
+        [sys.executable, "-c", STEP % center_update], capture_output=True, text=True, check=True
+    )
+    one_copy = 100_000 * 128 * 4
+    # The new centers or the gradient cannot cost less than a copy.
+    assert one_copy * 0.9 <= int(output.stdout) < 600 * 2**20, output.stdout

@@ -1,0 +1,122 @@
+"""The figures of Table 1 against the oracle, whole and in batches."""
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from separate_loss import metrics
+from tests import reference
+from tests.properties import Problem, assert_equal, holds_for, problems
+
+labelled = problems(kind="indices", reach=3, ignoring=False)
+
+
+@holds_for(problem=labelled)
+def test_figures_are_those_of_the_oracle(problem: Problem) -> None:
+    features, _, centers = problem.arrays
+    target, num_classes = problem.target.numpy(), len(centers)
+    true_centers = reference.class_centers(features, target, num_classes)
+    found = metrics.class_centers(problem.features, problem.target, num_classes)
+    assert_equal(found, true_centers, torch.float64, scale=np.abs(features).max())
+    for rows, name in ((problem.centers, "learned"), (found, "true")):
+        intra = metrics.intra_class_similarity(
+            problem.features, problem.target, rows, reduction="none"
+        )
+        inter = metrics.inter_class_similarity(rows, reduction="none")
+        array = rows.numpy()
+        expected_intra = reference.intra_class_similarity(features, target, array)
+        expected_inter = reference.inter_class_similarity(array)
+        # A mean that all but cancels has a direction of rounding alone.
+        steady = np.ones(num_classes, dtype=bool)
+        if name == "true":
+            size = np.array([np.abs(features[target == j]).sum() for j in range(num_classes)])
+            steady = ~(np.linalg.norm(array, axis=1) < 1e-6 * size)
+        assert_equal(intra[torch.from_numpy(steady)], expected_intra[steady], torch.float64)
+        if steady.all():
+            assert_equal(inter, expected_inter, torch.float64)
+    agreement = metrics.center_agreement(problem.centers, found, reduction="none")
+    expected = [
+        np.nan if np.isnan(mean).any() else reference.cosine(center, mean)
+        for center, mean in zip(centers, found.numpy(), strict=True)
+    ]
+    assert_equal(agreement, np.array(expected), torch.float64)
+
+
+@holds_for(problem=labelled)
+def test_means_leave_absent_classes_out(problem: Problem) -> None:
+    arguments = problem.features, problem.target
+    centers = metrics.class_centers(*arguments, len(problem.centers))
+    for each, mean in (
+        (
+            metrics.intra_class_similarity(*arguments, problem.centers, reduction="none"),
+            metrics.intra_class_similarity(*arguments, problem.centers),
+        ),
+        (
+            metrics.inter_class_similarity(centers, reduction="none"),
+            metrics.inter_class_similarity(centers),
+        ),
+        (
+            metrics.center_agreement(problem.centers, centers, reduction="none"),
+            metrics.center_agreement(problem.centers, centers),
+        ),
+    ):
+        present = each[~each.isnan()]
+        assert_equal(mean, float(present.mean()) if len(present) else np.nan, torch.float64)
+        assert (present.abs() <= 1).all()
+
+
+@holds_for(problem=labelled, size=st.integers(1, 20))
+def test_batches_give_what_the_whole_gives(problem: Problem, size: int) -> None:
+    num_classes, feature_dim = problem.centers.shape
+    statistics = metrics.ClassStatistics(num_classes, feature_dim)
+    for features, target in zip(
+        problem.features.split(size), problem.target.split(size), strict=True
+    ):
+        assert statistics.update(features, target) is statistics
+    whole = metrics.class_centers(problem.features, problem.target, num_classes)
+    scale = float(problem.features.abs().max())
+    assert_equal(statistics.class_centers(), whole.numpy(), torch.float64, scale)
+    for centers in (problem.centers, statistics.class_centers()):
+        intra = metrics.intra_class_similarity(problem.features, problem.target, centers)
+        assert_equal(statistics.intra_class_similarity(centers), float(intra), torch.float64)
+    own = statistics.intra_class_similarity()
+    assert_equal(
+        own,
+        float(statistics.intra_class_similarity(statistics.class_centers())),
+        torch.float64,
+    )
+
+
+@holds_for(problem=problems(kind="indices", reach=3, ignoring=True))
+def test_ignored_samples_are_left_out(problem: Problem) -> None:
+    kept = problem.target != problem.ignore_index
+    features = problem.features.clone()
+    features[~kept] = torch.nan
+    num_classes = len(problem.centers)
+    found = metrics.class_centers(
+        features, problem.target, num_classes, ignore_index=problem.ignore_index
+    )
+    expected = metrics.class_centers(features[kept], problem.target[kept], num_classes)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    intra = metrics.intra_class_similarity(
+        features, problem.target, problem.centers, ignore_index=problem.ignore_index
+    )
+    others = metrics.intra_class_similarity(features[kept], problem.target[kept], problem.centers)
+    torch.testing.assert_close(intra, others, equal_nan=True)
+
+
+def test_any_type_and_shape_and_outside_of_autograd() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(2, 6, 4).half().requires_grad_()
+    target = torch.randint(3, (2, 6), dtype=torch.int32)
+    centers = metrics.class_centers(features, target, 3)
+    assert centers.dtype == torch.float64
+    assert not centers.requires_grad
+    flat = metrics.class_centers(features.detach().double().reshape(-1, 4), target.reshape(-1), 3)
+    torch.testing.assert_close(centers, flat, equal_nan=True)
+
+
+def test_one_class_alone_is_not_apart_from_any() -> None:
+    centers = metrics.class_centers(torch.rand(3, 4), torch.zeros(3, dtype=torch.long), 2)
+    assert metrics.inter_class_similarity(centers).isnan()
+    assert metrics.inter_class_similarity(centers, reduction="none").isnan().all()

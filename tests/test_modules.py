@@ -1,0 +1,334 @@
+"""The module: who owns the centers, when they move, and that it behaves as modules do."""
+
+import copy
+import io
+import pickle
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from separate_loss import SeparateLoss, separate_loss
+from separate_loss import functional as F
+from separate_loss._checks import Reduction
+from tests.properties import REDUCTIONS, Problem, holds_for, problems
+
+NUM_CLASSES, FEATURE_DIM = 5, 4
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def batch(size: int = 8) -> tuple[Tensor, Tensor]:
+    features = torch.randn(size, FEATURE_DIM, requires_grad=True)
+    return features, torch.randint(NUM_CLASSES, (size,))
+
+
+@holds_for(problem=problems(reach=3), reduction=REDUCTIONS)
+def test_the_loss_is_that_of_the_centers_before_they_move(
+    problem: Problem, reduction: Reduction
+) -> None:
+    criterion = SeparateLoss(
+        *problem.centers.shape,
+        center_init=problem.centers,
+        center_lr=0.5,
+        weight=problem.weight,
+        ignore_index=problem.ignore_index,
+        reduction=reduction,
+        dtype=torch.float64,
+    )
+    options = {
+        "weight": problem.weight,
+        "ignore_index": problem.ignore_index,
+        "reduction": reduction,
+    }
+    features, _ = problem.requiring_grad()
+    other, _ = problem.requiring_grad()
+    loss = criterion(features, problem.target)
+    expected = separate_loss(other, problem.target, problem.centers, **options)  # type: ignore[arg-type]
+    assert torch.equal(loss, expected)
+    loss.sum().backward()
+    expected.sum().backward()
+    assert features.grad is not None
+    assert other.grad is not None
+    assert torch.equal(features.grad, other.grad)
+    moved = F.update_centers(
+        problem.features,
+        problem.target,
+        problem.centers,
+        center_lr=0.5,
+        ignore_index=problem.ignore_index,
+    )
+    assert torch.equal(criterion.centers, moved)
+
+
+@holds_for(problem=problems(reach=3, weighted=True), reduction=REDUCTIONS)
+def test_both_terms_of_a_step_can_be_logged(problem: Problem, reduction: Reduction) -> None:
+    criterion = SeparateLoss(
+        *problem.centers.shape,
+        center_init=problem.centers,
+        weight=problem.weight,
+        ignore_index=problem.ignore_index,
+        reduction=reduction,
+        dtype=torch.float64,
+    )
+    assert criterion.last_terms is None
+    criterion(problem.requiring_grad()[0], problem.target)
+    assert criterion.last_terms is not None
+    intra, inter = criterion.last_terms
+    assert not intra.requires_grad
+    assert not inter.requires_grad
+    torch.testing.assert_close(
+        intra,
+        F.intra_class_loss(
+            problem.features,
+            problem.target,
+            problem.centers,
+            weight=problem.weight,
+            ignore_index=problem.ignore_index,
+        ),
+    )
+    torch.testing.assert_close(inter, F.inter_class_loss(problem.centers))
+
+
+def test_centers_move_only_in_training_with_gradients_on() -> None:
+    criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM)
+    criterion(*batch())
+    for still in ("eval", "no_grad", "inference_mode"):
+        before = criterion.centers.clone()
+        criterion.train(still != "eval")
+        with (
+            torch.inference_mode(still == "inference_mode"),
+            torch.set_grad_enabled(still not in ("no_grad", "inference_mode")),
+        ):
+            criterion(*batch())
+        assert torch.equal(criterion.centers, before), still
+    criterion.train()
+    criterion(*batch())
+    assert not torch.equal(criterion.centers, before)
+
+
+def test_centers_may_move_before_backward() -> None:
+    """Two forward passes and one backward give the gradients of two separate steps."""
+    criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_init="sphere", dtype=torch.float64)
+    for kind in ("indices", "probabilities", "learned"):
+        features = [torch.randn(8, FEATURE_DIM, dtype=torch.float64).requires_grad_() for _ in "ab"]
+        target = torch.randint(NUM_CLASSES, (8,))
+        if kind != "indices":
+            target = torch.rand(8, NUM_CLASSES, dtype=torch.float64).softmax(-1)
+            target.requires_grad_(kind == "learned")
+        centers, losses = [], []
+        for part in features:
+            centers.append(criterion.centers.clone())
+            losses.append(criterion(part, target))
+        (losses[0] + losses[1]).backward()
+        for part, held in zip(features, centers, strict=True):
+            expected = torch.autograd.grad(separate_loss(part, target, held), part)[0]
+            assert part.grad is not None
+            torch.testing.assert_close(part.grad, expected)
+
+
+def test_gradient_update_leaves_the_centers_to_the_optimizer() -> None:
+    criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_update="gradient")
+    assert [name for name, _ in criterion.named_parameters()] == ["centers"]
+    optimizer = torch.optim.SGD(criterion.parameters(), lr=0.5)
+    features, target = batch(32)
+    before = criterion.centers.detach().clone()
+    losses: list[float] = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = criterion(features, target)
+        assert torch.equal(criterion.centers, before) or losses
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(later < earlier for earlier, later in pairwise(losses))
+
+
+def test_none_leaves_the_centers_to_the_caller() -> None:
+    criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_update="none")
+    before = criterion.centers.clone()
+    criterion(*batch()).backward()
+    assert torch.equal(criterion.centers, before)
+    assert not list(criterion.parameters())
+
+
+@pytest.mark.parametrize("update", ["paper", "gradient", "none"])
+def test_centers_are_saved_under_one_name(update: str) -> None:
+    criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_update=update)  # type: ignore[arg-type]
+    other = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_init="uniform")
+    other.load_state_dict(criterion.state_dict())
+    assert list(criterion.state_dict()) == ["centers"]
+    assert torch.equal(other.centers, criterion.centers)
+
+
+class TestStartingValues:
+    def test_features_start_a_center_at_the_mean_direction_of_its_first_samples(self) -> None:
+        criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM)
+        assert torch.equal(criterion.centers, torch.zeros(NUM_CLASSES, FEATURE_DIM))
+        features = torch.randn(6, FEATURE_DIM, requires_grad=True)
+        target = torch.tensor([0, 0, 0, 3, 3, -100])
+        loss = criterion(features, target)
+        # Zero centers have cosine 0 with everything.
+        assert loss == 1.0
+        units = nn.functional.normalize(features.detach(), dim=-1)
+        for label, rows in ((0, units[:3]), (3, units[3:5])):
+            mean = nn.functional.normalize(rows.mean(0), dim=0)
+            torch.testing.assert_close(criterion.centers[label], mean)
+        assert torch.equal(criterion.centers[[1, 2, 4]], torch.zeros(3, FEATURE_DIM))
+
+        started = criterion.centers.clone()
+        features = torch.randn(2, FEATURE_DIM, requires_grad=True)
+        criterion(features, torch.tensor([1, 0]))
+        torch.testing.assert_close(
+            criterion.centers[1], nn.functional.normalize(features.detach()[0], dim=0)
+        )
+        expected = F.update_centers(features, torch.tensor([1, 0]), started, center_lr=10.0)
+        torch.testing.assert_close(criterion.centers[[0, 2, 3, 4]], expected[[0, 2, 3, 4]])
+
+    def test_probabilities_start_a_class_with_half_a_sample(self) -> None:
+        by_index = SeparateLoss(3, FEATURE_DIM)
+        by_probability = SeparateLoss(3, FEATURE_DIM)
+        features = torch.randn(2, FEATURE_DIM, requires_grad=True)
+        by_index(features, torch.tensor([0, 1]))
+        by_probability(features, torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.9, 0.1]]))
+        torch.testing.assert_close(by_probability.centers, by_index.centers)
+
+    def test_samples_that_are_not_finite_start_nothing(self) -> None:
+        criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM)
+        features = torch.randn(3, FEATURE_DIM)
+        features[0, 0] = torch.nan
+        criterion(features.requires_grad_(), torch.tensor([0, 1, 1]))
+        assert torch.equal(criterion.centers[0], torch.zeros(FEATURE_DIM))
+        assert criterion.centers[1].norm() > 0.99
+
+    @pytest.mark.parametrize("update", ["paper", "gradient", "none"])
+    def test_random_values(self, update: str) -> None:
+        options = {"center_update": update}
+        sphere = SeparateLoss(1000, 64, center_init="sphere", **options).centers.detach()  # type: ignore[arg-type]
+        normal = SeparateLoss(1000, 64, center_init="normal", **options).centers.detach()  # type: ignore[arg-type]
+        uniform = SeparateLoss(1000, 64, center_init="uniform", **options).centers.detach()  # type: ignore[arg-type]
+        torch.testing.assert_close(sphere.norm(dim=-1), torch.ones(1000))
+        assert abs(float(sphere.mean())) < 0.01
+        assert abs(float(normal.mean())) < 0.02
+        assert abs(float(normal.std()) - 1) < 0.02
+        assert 0 <= float(uniform.min()) < 0.01
+        assert 0.99 < float(uniform.max()) <= 1
+        assert abs(float(uniform.mean()) - 0.5) < 0.01
+
+    def test_a_tensor_is_copied(self) -> None:
+        values = torch.randn(NUM_CLASSES, FEATURE_DIM)
+        before = values.clone()
+        criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_init=values)
+        assert torch.equal(criterion.centers, before)
+        criterion(*batch())
+        assert torch.equal(values, before)
+
+    def test_seeded(self) -> None:
+        runs = []
+        for _ in range(2):
+            torch.manual_seed(7)
+            runs.append(SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_init="sphere").centers)
+        assert torch.equal(*runs)
+
+
+class TestAsAModule:
+    def test_device_and_dtype(self) -> None:
+        meta = SeparateLoss(NUM_CLASSES, FEATURE_DIM, device="meta", dtype=torch.float64)
+        assert meta.centers.device.type == "meta"
+        assert meta.centers.dtype == torch.float64
+        criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, dtype=torch.bfloat16)
+        assert criterion.centers.dtype == torch.bfloat16
+        assert criterion.to(torch.float64).centers.dtype == torch.float64
+        assert criterion.to("meta").centers.device.type == "meta"
+
+    @pytest.mark.parametrize("update", ["paper", "gradient", "none"])
+    def test_half(self, update: str) -> None:
+        criterion = SeparateLoss(
+            NUM_CLASSES,
+            FEATURE_DIM,
+            center_update=update,  # type: ignore[arg-type]
+            center_init="sphere",
+            weight=torch.rand(NUM_CLASSES),
+        ).half()
+        assert criterion.centers.dtype == torch.float16
+        before = criterion.centers.detach().clone()
+        features, target = batch()
+        loss = criterion(features.half(), target)
+        loss.backward()
+        assert features.grad is not None
+        assert features.grad.isfinite().all()
+        assert criterion.centers.dtype == torch.float16
+        assert torch.equal(criterion.centers, before) == (update != "paper")
+
+    def test_copies_and_pickles_go_on_the_same(self) -> None:
+        criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, weight=torch.rand(NUM_CLASSES))
+        criterion(*batch())
+        twins = [copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))]
+        features, target = batch()
+        expected = criterion(features, target)
+        for twin in twins:
+            assert torch.equal(twin(features, target), expected)
+            assert torch.equal(twin.centers, criterion.centers)
+            assert repr(twin) == repr(criterion)
+
+    def test_repr(self) -> None:
+        assert repr(SeparateLoss(7, 512)) == (
+            "SeparateLoss(num_classes=7, feature_dim=512, center_update='paper', center_lr=10.0, "
+            "center_init='features', reduction='mean')"
+        )
+        criterion = SeparateLoss(
+            7, 2, center_update="none", center_init=torch.rand(7, 2), ignore_index=3,
+            weight=torch.ones(7), reduction="sum",
+        )  # fmt: skip
+        assert repr(criterion) == (
+            "SeparateLoss(num_classes=7, feature_dim=2, center_update='none', "
+            "center_init='tensor', reduction='sum', ignore_index=3, weight=...)"
+        )
+
+    def test_the_graph_dies_with_the_loss(self) -> None:
+        """Nothing that is kept for logging holds the batch alive."""
+        criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM)
+        loss = criterion(*batch())
+        assert loss.grad_fn is not None
+        assert all(not value.requires_grad for value in criterion.last_terms or ())
+
+
+def test_saving_and_loading_amid_training_continues_bit_identically() -> None:
+    def start() -> tuple[nn.Linear, SeparateLoss, torch.optim.Adam]:
+        torch.manual_seed(1)
+        model = nn.Linear(6, FEATURE_DIM)
+        criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM)
+        return model, criterion, torch.optim.Adam(model.parameters())
+
+    def steps(
+        seed: int, model: nn.Linear, criterion: SeparateLoss, optimizer: torch.optim.Optimizer
+    ) -> list[Tensor]:
+        torch.manual_seed(seed)
+        losses = []
+        for _ in range(10):
+            images, target = torch.randn(8, 6), torch.randint(NUM_CLASSES - 1, (8,))
+            loss = criterion(model(images), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return losses
+
+    first: tuple[Any, ...] = start()
+    steps(2, *first)
+    buffer = io.BytesIO()
+    torch.save([part.state_dict() for part in first], buffer)
+    expected = steps(3, *first)
+
+    second: tuple[Any, ...] = start()
+    buffer.seek(0)
+    for part, state in zip(second, torch.load(buffer, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    continued = steps(3, *second)
+    assert all(torch.equal(a, b) for a, b in zip(expected, continued, strict=True))
+    assert torch.equal(first[1].centers, second[1].centers)

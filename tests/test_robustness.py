@@ -1,0 +1,138 @@
+"""Zero, tiny, huge and broken vectors; empty batches; nothing poisons the centers."""
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from separate_loss import SeparateLoss, separate_loss
+from separate_loss import functional as F
+from tests.properties import Problem, holds_for, problems
+
+
+@pytest.mark.parametrize("norm", [1e-18, 1e-12, 1.0, 1e12, 1e18])
+@pytest.mark.parametrize("other_norm", [1e-18, 1.0, 1e18])
+@pytest.mark.parametrize("feature_dim", [1, 3, 64, 512])
+def test_norms_in_float32(norm: float, other_norm: float, feature_dim: int) -> None:
+    """Values and gradients as at norm 1, apart from the factor 1 / norm."""
+    torch.manual_seed(0)
+    units = torch.nn.functional.normalize(torch.randn(6, feature_dim), dim=-1)
+    rows = torch.nn.functional.normalize(torch.randn(4, feature_dim), dim=-1)
+    target = torch.tensor([0, 1, 2, 0, 1, 2])
+    results = []
+    for scale, other_scale in ((1.0, 1.0), (norm, other_norm)):
+        features = (units * scale).requires_grad_()
+        centers = (rows * other_scale).requires_grad_()
+        loss = separate_loss(features, target, centers)
+        loss.backward()
+        assert features.grad is not None
+        assert centers.grad is not None
+        step = F.update_centers(features, target, centers, center_lr=other_scale**2) / other_scale
+        results.append((loss, features.grad * scale, centers.grad * other_scale, step))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [1e-150, 1e150])
+def test_norms_in_float64(norm: float) -> None:
+    torch.manual_seed(0)
+    features, centers = torch.randn(6, 5).double(), torch.randn(4, 5).double()
+    target = torch.tensor([0, 1, 2, 0, 1, 2])
+    expected = separate_loss(features, target, centers)
+    torch.testing.assert_close(separate_loss(features * norm, target, centers), expected)
+    torch.testing.assert_close(separate_loss(features, target, centers * norm), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_zero_vectors(dtype: torch.dtype, kind: str) -> None:
+    features = torch.zeros(3, 4, dtype=dtype, requires_grad=True)
+    centers = torch.zeros(2, 4, dtype=dtype, requires_grad=True)
+    target = torch.tensor([0, 1, 1])
+    if kind == "probabilities":
+        target = torch.nn.functional.one_hot(target).to(dtype)
+    loss = separate_loss(features, target, centers)
+    loss.backward()
+    assert loss == 1
+    assert features.grad is not None
+    assert centers.grad is not None
+    assert not features.grad.any()
+    assert not centers.grad.any()
+    assert not F.update_centers(features, target, centers, center_lr=1.0).any()
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("center_update", ["paper", "gradient", "none"])
+@pytest.mark.parametrize("size", [0, 1])
+def test_batches_of_no_sample_and_of_one(kind: str, center_update: str, size: int) -> None:
+    criterion = SeparateLoss(3, 4, center_update=center_update)  # type: ignore[arg-type]
+    features = torch.randn(size, 4, requires_grad=True)
+    target = torch.ones(size, dtype=torch.long) if kind == "indices" else torch.rand(size, 3)
+    loss = criterion(features, target)
+    loss.backward()
+    assert loss.isfinite()
+    assert criterion.centers.isfinite().all()
+    assert features.grad is not None
+    assert features.grad.isfinite().all()
+
+
+def test_an_empty_batch_moves_centers_apart_and_nothing_else() -> None:
+    criterion = SeparateLoss(3, 4, center_init="uniform", center_lr=0.1)
+    before = criterion.centers.clone()
+    criterion(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, dtype=torch.long))
+    assert F.inter_class_loss(criterion.centers) < F.inter_class_loss(before)
+
+
+broken_values = st.sampled_from([torch.nan, torch.inf, -torch.inf])
+
+
+@holds_for(problem=problems(reach=3, weighted=False), value=broken_values, data=st.data())
+def test_samples_that_are_not_finite_count_for_nothing_in_the_update(
+    problem: Problem, value: float, data: st.DataObject
+) -> None:
+    broken = problem.features.clone()
+    rows = data.draw(st.sets(st.integers(0, len(broken) - 1), min_size=1))
+    for row in rows:
+        broken[row, data.draw(st.integers(0, broken.shape[1] - 1))] = value
+    whole = torch.tensor([row not in rows for row in range(len(broken))])
+    # Only a sample that is not ignored makes the loss non-finite.
+    counts = problem.target.is_floating_point() or bool(
+        (problem.target[~whole] != problem.ignore_index).any()
+    )
+    arguments = problem.target, problem.centers
+    loss = separate_loss(broken, *arguments, ignore_index=problem.ignore_index)
+    assert loss.isfinite() != counts
+    moved = F.update_centers(broken, *arguments, center_lr=1.0, ignore_index=problem.ignore_index)
+    without = F.update_centers(
+        problem.features[whole],
+        problem.target[whole],
+        problem.centers,
+        center_lr=1.0,
+        ignore_index=problem.ignore_index,
+    )
+    assert moved.isfinite().all()
+    torch.testing.assert_close(moved, without)
+
+
+def test_broken_probabilities_leave_every_center_finite() -> None:
+    torch.manual_seed(0)
+    target = torch.rand(6, 3).softmax(-1)
+    target[0, 0], target[1, 1] = torch.nan, torch.inf
+    criterion = SeparateLoss(3, 4, center_init="sphere")
+    assert not criterion(torch.randn(6, 4, requires_grad=True), target).isfinite()
+    assert criterion.centers.isfinite().all()
+
+
+@pytest.mark.parametrize("center_init", ["features", "sphere"])
+def test_training_goes_on_after_a_broken_batch(center_init: str) -> None:
+    torch.manual_seed(0)
+    criterion = SeparateLoss(3, 4, center_init=center_init)  # type: ignore[arg-type]
+    for step in range(10):
+        features: Tensor = torch.randn(9, 4)
+        if step % 3 == 0:
+            features[step % 9] = torch.nan
+        if step == 4:
+            features[:] = torch.inf
+        loss = criterion(features.requires_grad_(), torch.arange(9) % 3)
+        assert loss.isfinite() == (step % 3 != 0 and step != 4)
+        assert criterion.centers.isfinite().all()
