@@ -327,12 +327,16 @@ def next_centers(reading: Reading, center_lr: float, *, start: bool = False) -> 
     finite = reading.intra.isfinite()
     counted = batch.counted.where(finite, 0)
     units = reading.units.where(finite.unsqueeze(-1), 0)
-    moved = ops.move_centers(
-        units, batch.target, counted, batch.centers, reading.norms, reading.total, center_lr
+    return ops.move_centers(
+        units,
+        batch.target,
+        counted,
+        batch.centers,
+        reading.norms,
+        reading.total,
+        center_lr=center_lr,
+        start=start,
     )
-    if start:
-        moved = ops.start_centers(units, batch.target, counted, moved, reading.norms)
-    return moved
 
 
 def _intra(batch: Batch, units: Tensor, directions: Tensor) -> Tensor:

@@ -91,5 +91,5 @@ def test_labels_out_of_range_are_said_clearly() -> None:
     fast, _ = compiled(separate_loss)
     features, target = batch("indices", 4)
     target[1] = NUM_CLASSES
-    with pytest.raises(RuntimeError, match="target must hold class indices|index out of bounds"):
+    with pytest.raises(RuntimeError, match=r"target must hold class indices|index out of bounds"):
         fast(features, target, torch.randn(NUM_CLASSES, FEATURE_DIM))

@@ -3,6 +3,6 @@
 Every device is served by the eager form.
 """
 
-from separate_loss.ops.eager import matmul, move_centers, start_centers, unit, unit_rows
+from separate_loss.ops.eager import matmul, move_centers, unit, unit_rows
 
-__all__ = ["matmul", "move_centers", "start_centers", "unit", "unit_rows"]
+__all__ = ["matmul", "move_centers", "unit", "unit_rows"]

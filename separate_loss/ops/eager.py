@@ -150,7 +150,9 @@ def move_centers(
     centers: Tensor,
     norms: Tensor,
     total: Tensor,
+    *,
     center_lr: float,
+    start: bool,
 ) -> Tensor:
     """Eq. 8, a new tensor: centers - center_lr (D_intra + D_inter), with Eq. 6 and 7.
 
@@ -160,41 +162,37 @@ def move_centers(
         counted: (N,), 1 where a sample counts and 0 where not.
         centers, norms, total: the centers (C, d), their norms (C,), the sum of their directions.
         center_lr: alpha.
-
+        start: whether a zero center takes on the mean direction of its class, once that is in the
+            batch; under probabilities, with half a sample or more.
     """
     num_classes = centers.shape[0]
     rate = center_lr / 2
     # Eq. 7 leaves k = j out; the whole sum gives the same: no direction has a part across itself.
     moved = _project_one(total, centers, norms)
     moved = moved.mul_(-rate / (num_classes * (num_classes - 1))).add_(centers)
+
     if target.is_floating_point():
         count = matmul(counted, target).nan_to_num(0, 0, 0)
-        pull = _project(matmul(target.mT, units), centers / norms.unsqueeze(-1), norms)
-        pull = pull.nan_to_num(0, 0, 0)
+        sums = matmul(target.mT, units).nan_to_num(0, 0, 0)
         weight = rate / (_nonzero(count.sum()) * (1 + count))
-        return moved.addcmul_(pull, weight.unsqueeze(-1))
-    count = torch.zeros_like(norms).index_add(0, target, counted)
+        pull = _project(sums, centers / norms.unsqueeze(-1), norms)
+        pull = pull * weight.unsqueeze(-1)
+        if start:
+            starting = (norms.isinf() & (count >= 0.5)).unsqueeze(-1)
+            pull = torch.where(starting, unit(sums)[0], pull)
+        return moved.add_(pull)
+
+    count = torch.zeros_like(norms).index_add(0, target, counted).index_select(0, target)
     norms = norms.index_select(0, target)
     rows = centers.index_select(0, target) / norms.unsqueeze(-1)
-    weight = rate * counted / (_nonzero(counted.sum()) * (1 + count.index_select(0, target)))
-    return moved.index_add_(0, target, _project(units, rows, norms) * weight.unsqueeze(-1))
-
-
-def start_centers(
-    units: Tensor, target: Tensor, counted: Tensor, centers: Tensor, norms: Tensor
-) -> Tensor:
-    """The centers with each zero one on the mean direction of its class, if that is in the batch.
-
-    Arguments as in `move_centers`, with `norms` infinite where a center is zero; `centers` may be
-    overwritten. Under class probabilities a class is in the batch if it has half a sample there.
-    """
-    waiting = norms.isinf()
-    if target.is_floating_point():
-        present = matmul(counted, target) >= 0.5
-        directions, _ = unit(matmul(target.mT, units))
-        return torch.where((waiting & present).unsqueeze(-1), directions, centers)
-    # All samples of a class, counted or not, write the same row.
-    starting = waiting.index_select(0, target).unsqueeze(-1)
-    centers.index_add_(0, target, units * starting)
-    rows = centers.index_select(0, target)
-    return centers.index_copy_(0, target, torch.where(starting, unit(rows)[0], rows))
+    weight = rate * counted / (_nonzero(counted.sum()) * (1 + count))
+    pull = _project(units, rows, norms) * weight.unsqueeze(-1)
+    if start:
+        starting = norms.isinf().unsqueeze(-1)
+        pull = torch.where(starting, units, pull)
+    moved.index_add_(0, target, pull)
+    if start:
+        # Samples of one class, counted or not, write one and the same row.
+        rows = moved.index_select(0, target)
+        moved.index_copy_(0, target, torch.where(starting, unit(rows)[0], rows))
+    return moved
