@@ -1,7 +1,7 @@
 """A small classifier on scikit-learn's handwritten digits, trained with and without the loss."""
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from sklearn.datasets import load_digits
@@ -9,9 +9,10 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from separate_loss import SeparateLoss
+from separate_loss import SeparateLoss, metrics
 
 NUM_CLASSES = 10
+FEATURE_DIM = 64
 
 FeatureKind = Literal["signed", "non-negative"]
 
@@ -21,9 +22,25 @@ class Split(NamedTuple):
     labels: Tensor  # (N,)
 
 
+class Figures(NamedTuple):
+    """What a trained model gives on the half that it has not seen."""
+
+    accuracy: float  # in percent
+    intra: float  # mean cosine of features to their class means
+    inter: float  # mean cosine between class means
+    agreement: float  # mean cosine of learned centers to class means; NaN without any
+
+
+class Trained(NamedTuple):
+    figures: Figures
+    features: Tensor  # of the test half, (N, d)
+    labels: Tensor  # (N,)
+    centers: Tensor | None  # learned, (C, d)
+
+
 def load_split(seed: int) -> tuple[Split, Split]:
     """Half of the 1,797 digits to train on and half to test on, classes in equal shares."""
-    digits = load_digits()
+    digits: Any = load_digits()
     images = torch.tensor(digits.images / 16, dtype=torch.float32).unsqueeze(1)
     labels = torch.tensor(digits.target)
     train, test = train_test_split(
@@ -35,23 +52,21 @@ def load_split(seed: int) -> tuple[Split, Split]:
 class DigitClassifier(nn.Module):
     """Two convolutions and a linear layer; returns features and logits.
 
-    Features are signed (a linear embedding) or non-negative (ReLU and average pooling, as the
-    paper's ResNet has them), and then multiplied by `feature_scale`.
+    Features are signed (a linear embedding) or non-negative (ReLU and average pooling, as in the
+    paper's ResNet), and then multiplied by `feature_scale`.
     """
 
-    def __init__(
-        self, feature_dim: int, kind: FeatureKind = "signed", feature_scale: float = 1.0
-    ) -> None:
+    def __init__(self, kind: FeatureKind = "signed", feature_scale: float = 1.0) -> None:
         super().__init__()
         self.feature_scale = feature_scale
         stem = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
         if kind == "signed":
-            tail = [nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, feature_dim)]
+            tail = [nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, FEATURE_DIM)]
         else:
             pool = [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-            tail = [nn.Conv2d(32, feature_dim, 3, padding=1), *pool]
+            tail = [nn.Conv2d(32, FEATURE_DIM, 3, padding=1), *pool]
         self.extractor = nn.Sequential(*stem, *tail)
-        self.classifier = nn.Linear(feature_dim, NUM_CLASSES)
+        self.classifier = nn.Linear(FEATURE_DIM, NUM_CLASSES)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.extractor(images) * self.feature_scale
@@ -82,3 +97,21 @@ def train(
             loss.backward()
             optimizer.step()
         yield epoch
+
+
+@torch.no_grad()
+def evaluate(model: DigitClassifier, data: Split, criterion: SeparateLoss | None) -> Trained:
+    """Accuracy and the paper's Table 1, all on `data`."""
+    features, logits = model.eval()(data.images)
+    class_means = metrics.class_centers(features, data.labels, NUM_CLASSES)
+    centers = None if criterion is None else criterion.centers.detach()
+    agreement = float("nan")
+    if centers is not None:
+        agreement = metrics.center_agreement(centers, class_means).item()
+    figures = Figures(
+        accuracy=100 * (logits.argmax(-1) == data.labels).double().mean().item(),
+        intra=metrics.intra_class_similarity(features, data.labels, class_means).item(),
+        inter=metrics.inter_class_similarity(class_means).item(),
+        agreement=agreement,
+    )
+    return Trained(figures, features, data.labels, centers)

@@ -1,0 +1,43 @@
+"""The demo, run as its user would, and the promise of the module's defaults."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import demo
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_demo_prints_a_table_and_draws_a_picture(tmp_path: Path) -> None:
+    path = tmp_path / "pictures" / "demo.png"
+    arguments = ["--seeds", "2", "--epochs", "2", "--output", str(path)]
+    output = subprocess.run(
+        [sys.executable, "-m", "benchmarks.demo", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    ).stdout
+    assert "epoch 2/2" in output
+    number = r"-?\d+\.\d+ ± \d+\.\d+"
+    assert re.search(rf"\| softmax loss \|( {number} \|){{3}} - \|", output)
+    assert re.search(rf"\| softmax \+ 0.9 x separate loss \|( {number} \|){{4}}", output)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert str(path) in output
+
+
+def test_defaults_follow_the_class_means_and_push_them_apart() -> None:
+    figures = {method: demo.run(method, seed=0, epochs=15).figures for method in demo.METHODS}
+    assert figures["separate"].agreement >= 0.9
+    assert figures["separate"].inter < figures["softmax"].inter - 0.1
+    assert figures["separate"].accuracy > 90
+
+
+def test_demo_refuses_nonsense(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        demo.main(["--seeds", "0"])
+    assert "--seeds and --epochs must be at least 1" in capsys.readouterr().err

@@ -1,0 +1,66 @@
+"""What a user of the package meets: its names, its imports, its README."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import separate_loss
+from separate_loss import functional, metrics, plots
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_public_names() -> None:
+    assert separate_loss.__all__ == [
+        "SeparateLoss",
+        "Terms",
+        "functional",
+        "metrics",
+        "separate_loss",
+    ]
+    for module in (separate_loss, functional, metrics, plots):
+        for name in module.__all__:
+            assert inspect.getdoc(getattr(module, name)), name
+
+
+def test_signatures_are_those_of_torch() -> None:
+    """Input first and target second; everything else by keyword."""
+    for function in (functional.separate_loss, functional.intra_class_loss):
+        assert str(inspect.signature(function)).startswith(
+            "(features: torch.Tensor, target: torch.Tensor, centers: torch.Tensor, *, weight:"
+        )
+
+
+def test_import_needs_torch_alone() -> None:
+    program = (
+        "import sys, torch; before = set(sys.modules); import separate_loss;"
+        "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    brought = set(output.stdout.split()) - set(sys.stdlib_module_names)
+    assert brought == {"separate_loss"}
+
+
+def test_imports_go_down_only() -> None:
+    order = ["_checks", "ops", "functional", "metrics", "plots", "modules"]
+    for level, name in enumerate(order):
+        path = ROOT / "separate_loss" / name
+        files = path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]
+        for file in files:
+            for line in file.read_text().splitlines():
+                imported = re.match(r"\s*from separate_loss(?:\.(\w+))? import (\w+)", line)
+                if imported:
+                    module = imported[1] or imported[2]
+                    assert module in order[: level + 1], f"{file}: {line}"
+
+
+def test_readme_code_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    program = "\n".join(blocks)
+    namespace: dict[str, object] = {}
+    exec(compile(program, "README.md", "exec"), namespace)
