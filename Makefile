@@ -26,7 +26,7 @@ package: $(INSTALLED)
 	$(BIN)/python -m build
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/pip install --quiet -c constraints.txt dist/*.whl
-	cd build && wheel/bin/python ../tests/use_wheel.py
+	cd build && wheel/bin/python ../.ci/use_wheel.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
