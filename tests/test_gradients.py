@@ -94,9 +94,12 @@ def test_gradients_of_learned_soft_labels(features: Tensor, centers: Tensor) -> 
 
 def test_second_derivatives_where_cosines_are_at_their_bounds() -> None:
     """The value is clamped to its bounds there; its derivatives must not be."""
-    centers = doubles(3, 4)
-    features = torch.stack([centers[0] * 1.7, centers[1] * -0.3]).requires_grad_()
-    target = torch.tensor([0, 1])
+    centers = doubles(40, 3)
+    features = (centers * torch.linspace(-2, 2, 40).unsqueeze(-1)).requires_grad_()
+    target = torch.arange(40)
+    units = torch.nn.functional.normalize(features.detach(), dim=-1)
+    cosines = (units * torch.nn.functional.normalize(centers, dim=-1)).sum(-1)
+    assert (cosines.abs() > 1).any(), "rounding carries none of these past the bounds"
 
     def loss(features: Tensor) -> Tensor:
         return separate_loss(features, target, centers)
