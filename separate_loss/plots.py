@@ -60,12 +60,15 @@ def feature_space(
 
     if axes is None:
         axes = plt.figure(figsize=(6, 6), layout="constrained").add_subplot()
+    points, target = points.detach().cpu(), target.cpu()
     colors = plt.get_cmap("tab10" if int(target.max()) < 10 else "tab20")
     halo = [withStroke(linewidth=3, foreground="white")]
     for label in target.unique().tolist():
         members = points[target == label]
         x, y = members.unbind(1)
-        axes.scatter(x, y, s=9, color=colors(label % colors.N), alpha=0.55, linewidths=0)
+        axes.scatter(
+            x.numpy(), y.numpy(), s=9, color=colors(label % colors.N), alpha=0.55, linewidths=0
+        )
         name = str(label) if class_names is None else class_names[label]
         # Above the bulk of the class, not above its outliers.
         axes.annotate(
@@ -85,8 +88,8 @@ def feature_space(
     ):
         if rows is not None:
             axes.scatter(
-                rows[:, 0],
-                rows[:, 1],
+                rows[:, 0].detach().cpu().numpy(),
+                rows[:, 1].detach().cpu().numpy(),
                 marker=marker,
                 s=size,
                 facecolor=face,
@@ -128,7 +131,7 @@ def center_similarity(
         axes = plt.figure(figsize=(4, 4), layout="constrained").add_subplot()
     units, _ = unit(centers.detach().double().cpu())
     cosines = (units @ units.mT).fill_diagonal_(torch.nan)
-    image = axes.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
+    image = axes.imshow(cosines.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
     ticks = range(len(centers))
     names = [str(i) for i in ticks] if class_names is None else class_names
     axes.set_xticks(ticks, names)

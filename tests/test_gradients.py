@@ -15,7 +15,7 @@ from separate_loss._checks import Reduction
 
 TargetKind = Literal["indices", "ignoring", "probabilities"]
 
-NUM_SAMPLES, NUM_CLASSES, FEATURE_DIM = 6, 5, 4
+NUM_SAMPLES, NUM_CLASSES, FEATURE_DIM = 4, 4, 3
 
 
 def doubles(*shape: int) -> Tensor:
@@ -40,7 +40,7 @@ def centers() -> Tensor:
 def target_of(kind: TargetKind) -> Tensor:
     if kind == "probabilities":
         return doubles(NUM_SAMPLES, NUM_CLASSES).softmax(-1)
-    target = torch.tensor([0, 0, 1, 2, 2, 2])
+    target = torch.tensor([0, 0, 1, 2])
     if kind == "ignoring":
         target[1] = -100
     return target
@@ -65,9 +65,12 @@ def test_gradients_of_first_and_second_order(
         return function(features, target, centers, weight=weight, reduction=reduction)
 
     assert gradcheck(
-        loss, (features, centers), check_forward_ad=True, check_batched_forward_grad=True
+        loss,
+        (features, centers),
+        check_forward_ad=True,
+        check_batched_forward_grad=True,
+        check_batched_grad=True,
     )
-    assert gradcheck(loss, (features, centers), check_batched_grad=True)
     assert gradgradcheck(loss, (features, centers), check_fwd_over_rev=True)
 
 
