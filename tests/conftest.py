@@ -10,7 +10,7 @@ from tests import properties
 settings.register_profile("ci", max_examples=60, derandomize=True, deadline=None, print_blob=True)
 settings.register_profile(
     "fuzz",
-    max_examples=2_500,
+    max_examples=1_300,
     deadline=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],

@@ -1,5 +1,7 @@
 """The figures hold what was given, and refuse what they cannot draw."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -34,7 +36,7 @@ def test_feature_space_draws_each_class_once_and_both_kinds_of_centers() -> None
 
 def test_center_similarity_draws_the_cosines_of_different_classes() -> None:
     axes = plots.center_similarity(torch.tensor([[2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]))
-    drawn = np.ma.asarray(axes.images[0].get_array()).filled(np.nan)
+    drawn: Any = np.ma.asarray(axes.images[0].get_array()).filled(np.nan)
     nan = np.nan
     np.testing.assert_allclose(drawn, [[nan, 0, -1], [0, nan, 0], [-1, 0, nan]])
 
