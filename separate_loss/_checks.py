@@ -98,7 +98,7 @@ def check_weight(weight: Tensor, num_classes: int) -> None:
             f"weight must have shape ({num_classes},), one value per class, "
             f"got {tuple(weight.shape)}"
         )
-    if _readable(weight) and not bool((weight >= 0).all()):
+    if can_read(weight) and not bool((weight >= 0).all()):
         raise ValueError(f"weight must not be negative or NaN, got a least value of {weight.min()}")
 
 
@@ -118,7 +118,7 @@ def split_ignored(
     value can be read at once, and else fails an assertion on the device, which costs no wait.
     """
     target = target.long()
-    if not _readable(target):
+    if not can_read(target):
         kept = target != ignore_index
         target = target.where(kept, 0)
         if torch.compiler.is_compiling() or not _under_vmap(target):
@@ -143,7 +143,7 @@ def split_ignored(
     return target, kept
 
 
-def _readable(value: Tensor) -> bool:
+def can_read(value: Tensor) -> bool:
     """Whether Python may look at the values: on the CPU, and not while tracing or under vmap."""
     if value.device.type != "cpu" or torch.compiler.is_compiling():
         return False

@@ -108,8 +108,8 @@ def intra_class_loss(
         directions = _mix(batch, ops.unit(batch.centers)[0])
     else:
         directions, _ = ops.unit(batch.centers.index_select(0, batch.target))
-    units, _ = ops.unit(batch.features)
-    loss = reduce(_intra(batch, units, directions), batch.mass, None, reduction)
+    cosines = (ops.unit(batch.features)[0] * directions).sum(-1)
+    loss = reduce(_intra(batch, cosines), batch.mass, None, reduction)
     return loss.reshape(features.shape[:-1]) if reduction == "none" else loss
 
 
@@ -267,6 +267,8 @@ class Reading(NamedTuple):
     intra: Tensor  # (N,), the summands of Eq. 2 times mass
     inter: Tensor  # scalar, Eq. 3
     units: Tensor  # (N, d), the features' directions
+    directions: Tensor  # of the centers: (N, d) under class indices, of all (C, d) otherwise
+    cosines: Tensor  # (N,), of the two under class indices, of mixed directions otherwise
     norms: Tensor  # (C,), the centers' norms
     total: Tensor  # (d,), the sum of the centers' directions
 
@@ -302,13 +304,13 @@ def read(
     batch = read_batch(features, target, centers, weight, ignore_index)
     units, _ = ops.unit(batch.features)
     if batch.target.is_floating_point():
-        center_units, norms = ops.unit(batch.centers)
-        directions, total = _mix(batch, center_units), center_units.sum(0)
+        directions, norms = ops.unit(batch.centers)
+        cosines, total = (units * _mix(batch, directions)).sum(-1), directions.sum(0)
     else:
         directions, total, norms = ops.unit_rows(batch.centers, batch.target)
-    return Reading(
-        batch, _intra(batch, units, directions), _inter(total, norms), units, norms, total
-    )
+        cosines = (units * directions).sum(-1)
+    intra, inter = _intra(batch, cosines), _inter(total, norms)
+    return Reading(batch, intra, inter, units, directions, cosines, norms, total)
 
 
 def reduce(intra: Tensor, mass: Tensor, inter: Tensor | None, reduction: Reduction) -> Tensor:
@@ -324,23 +326,35 @@ def reduce(intra: Tensor, mass: Tensor, inter: Tensor | None, reduction: Reducti
 def next_centers(reading: Reading, center_lr: float, *, start: bool = False) -> Tensor:
     """Eq. 8 without the samples that are not finite; `start` puts zero centers on their samples."""
     batch = reading.batch
-    finite = reading.intra.isfinite()
-    counted = batch.counted.where(finite, 0)
-    units = reading.units.where(finite.unsqueeze(-1), 0)
-    return ops.move_centers(
+    broken = ~reading.cosines.isfinite()
+    counted = batch.counted.masked_fill(broken, 0)
+    units = reading.units.masked_fill(broken.unsqueeze(-1), 0)
+    moved = ops.push_apart(batch.centers, reading.norms, reading.total, center_lr)
+    if batch.target.is_floating_point():
+        return ops.pull_by_probability(
+            moved,
+            units,
+            batch.target,
+            counted,
+            center_units=reading.directions,
+            norms=reading.norms,
+            rate=center_lr,
+            start=start,
+        )
+    return ops.pull_by_index(
+        moved,
         units,
         batch.target,
         counted,
-        batch.centers,
-        reading.norms,
-        reading.total,
-        center_lr=center_lr,
+        rows=reading.directions,
+        cosines=reading.cosines.masked_fill(broken, 0),
+        norms=reading.norms,
+        rate=center_lr,
         start=start,
     )
 
 
-def _intra(batch: Batch, units: Tensor, directions: Tensor) -> Tensor:
-    cosines = (units * directions).sum(-1)
+def _intra(batch: Batch, cosines: Tensor) -> Tensor:
     if batch.target.is_floating_point():
         return _within((batch.mass - cosines) / 2, 0, batch.mass)
     return _within((1 - cosines) / 2, 0, 1) * batch.mass

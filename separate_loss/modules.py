@@ -126,14 +126,16 @@ class SeparateLoss(nn.Module):
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """The loss under the centers as they are; then, where they should, the centers move."""
         reading = read(features, target, self.centers, self.weight, self.ignore_index)
-        loss = reduce(reading.intra, reading.batch.mass, reading.inter, self.reduction)
-        with torch.no_grad():
-            intra = reduce(reading.intra, reading.batch.mass, None, "mean")
-        self.last_terms = Terms(intra.detach(), reading.inter.detach())
+        intra, inter, mass = reading.intra, reading.inter, reading.batch.mass
+        mean = reduce(intra, mass, None, "mean")
+        self.last_terms = Terms(mean.detach(), inter.detach())
         if self.center_update == "paper" and self.training and torch.is_grad_enabled():
             with torch.no_grad():
                 start = self.center_init == "features"
                 self.centers.copy_(next_centers(reading, self.center_lr, start=start))
+        if self.reduction == "mean":
+            return mean + inter
+        loss = reduce(intra, mass, inter, self.reduction)
         return loss.reshape(features.shape[:-1]) if self.reduction == "none" else loss
 
     def extra_repr(self) -> str:

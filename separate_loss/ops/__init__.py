@@ -3,6 +3,13 @@
 Every device is served by the eager form.
 """
 
-from separate_loss.ops.eager import matmul, move_centers, unit, unit_rows
+from separate_loss.ops.eager import (
+    matmul,
+    pull_by_index,
+    pull_by_probability,
+    push_apart,
+    unit,
+    unit_rows,
+)
 
-__all__ = ["matmul", "move_centers", "unit", "unit_rows"]
+__all__ = ["matmul", "pull_by_index", "pull_by_probability", "push_apart", "unit", "unit_rows"]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from separate_loss._checks import can_read
+
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
     """Left @ right in the type of its arguments, also inside an autocast region."""
@@ -28,7 +30,7 @@ def _norms(vectors: Tensor) -> Tensor:
 def _project(vectors: Tensor, units: Tensor, norms: Tensor) -> Tensor:
     """(v - (v . u) u) / norm: the derivative of normalising, which Eq. 5, 6 and 7 share."""
     along = (vectors * units).sum(-1, keepdim=True)
-    return (vectors - along * units) / norms.unsqueeze(-1)
+    return torch.addcmul(vectors, along, units, value=-1).div_(norms.unsqueeze(-1))
 
 
 def _project_one(vector: Tensor, centers: Tensor, norms: Tensor) -> Tensor:
@@ -143,56 +145,81 @@ def unit_rows(centers: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rows, total, norms
 
 
-def move_centers(
+def push_apart(centers: Tensor, norms: Tensor, total: Tensor, rate: float) -> Tensor:
+    """Centers - rate D_inter, a new tensor, with D_inter of Eq. 7.
+
+    The equation leaves k = j out. The whole sum gives the same, as no direction has a part across
+    itself, and lets one vector serve all centers.
+    """
+    num_classes = centers.shape[0]
+    moved = _project_one(total, centers, norms)
+    return moved.mul_(-rate / (2 * num_classes * (num_classes - 1))).add_(centers)
+
+
+def pull_by_index(
+    moved: Tensor,
+    units: Tensor,
+    index: Tensor,
+    counted: Tensor,
+    *,
+    rows: Tensor,
+    cosines: Tensor,
+    norms: Tensor,
+    rate: float,
+    start: bool,
+) -> Tensor:
+    """Moved - rate D_intra, in place, with D_intra of Eq. 6 for class indices.
+
+    Args:
+        moved: centers after Eq. 7, (C, d).
+        units: unit features (N, d), zero where a sample does not count.
+        index: the samples' classes (N,).
+        counted: (N,), 1 where a sample counts and 0 where not.
+        rows: the unit centers of the samples' classes (N, d), before any step.
+        cosines: units . rows, (N,).
+        norms: the centers' norms (C,), before any step.
+        rate: alpha.
+        start: whether a zero center takes on the mean direction of its class's samples.
+    """
+    count = torch.zeros_like(norms).index_add(0, index, counted).index_select(0, index)
+    norms = norms.index_select(0, index)
+    weight = rate / 2 * counted / (_nonzero(counted.sum()) * (1 + count) * norms)
+    starting = norms.isinf()
+    if start:
+        # A zero center has a zero row: the sum of its samples' directions is all that it gets.
+        weight = weight.masked_fill(starting, 1)
+    along = (weight * cosines).unsqueeze(-1)
+    pull = torch.addcmul(units * weight.unsqueeze(-1), rows, along, value=-1)
+    moved.index_add_(0, index, pull)
+    if start and (bool(starting.any()) if can_read(starting) else True):
+        # All samples of a class, counted or not, write one and the same row.
+        rows = moved.index_select(0, index)
+        rows = torch.where(starting.unsqueeze(-1), unit(rows)[0], rows)
+        moved.index_copy_(0, index, rows)
+    return moved
+
+
+def pull_by_probability(
+    moved: Tensor,
     units: Tensor,
     target: Tensor,
     counted: Tensor,
-    centers: Tensor,
-    norms: Tensor,
-    total: Tensor,
     *,
-    center_lr: float,
+    center_units: Tensor,
+    norms: Tensor,
+    rate: float,
     start: bool,
 ) -> Tensor:
-    """Eq. 8, a new tensor: centers - center_lr (D_intra + D_inter), with Eq. 6 and 7.
+    """As `pull_by_index`, for class probabilities (N, C); `center_units` (C, d) before any step.
 
-    Args:
-        units: unit features (N, d), zero where a sample does not count.
-        target: class indices (N,) or probabilities (N, C).
-        counted: (N,), 1 where a sample counts and 0 where not.
-        centers, norms, total: the centers (C, d), their norms (C,), the sum of their directions.
-        center_lr: alpha.
-        start: whether a zero center takes on the mean direction of its class, once that is in the
-            batch; under probabilities, with half a sample or more.
+    A zero center takes on a direction once its class has half a sample. Probabilities that are not
+    finite pull nothing.
     """
-    num_classes = centers.shape[0]
-    rate = center_lr / 2
-    # Eq. 7 leaves k = j out; the whole sum gives the same: no direction has a part across itself.
-    moved = _project_one(total, centers, norms)
-    moved = moved.mul_(-rate / (num_classes * (num_classes - 1))).add_(centers)
-
-    if target.is_floating_point():
-        count = matmul(counted, target).nan_to_num(0, 0, 0)
-        sums = matmul(target.mT, units).nan_to_num(0, 0, 0)
-        weight = rate / (_nonzero(count.sum()) * (1 + count))
-        pull = _project(sums, centers / norms.unsqueeze(-1), norms)
-        pull = pull * weight.unsqueeze(-1)
-        if start:
-            starting = (norms.isinf() & (count >= 0.5)).unsqueeze(-1)
-            pull = torch.where(starting, unit(sums)[0], pull)
-        return moved.add_(pull)
-
-    count = torch.zeros_like(norms).index_add(0, target, counted).index_select(0, target)
-    norms = norms.index_select(0, target)
-    rows = centers.index_select(0, target) / norms.unsqueeze(-1)
-    weight = rate * counted / (_nonzero(counted.sum()) * (1 + count))
-    pull = _project(units, rows, norms) * weight.unsqueeze(-1)
+    count = matmul(counted, target).nan_to_num(0, 0, 0)
+    sums = matmul(target.mT, units).nan_to_num(0, 0, 0)
+    weight = rate / 2 / (_nonzero(count.sum()) * (1 + count))
+    pull = _project(sums, center_units, norms) * weight.unsqueeze(-1)
     if start:
-        starting = norms.isinf().unsqueeze(-1)
-        pull = torch.where(starting, units, pull)
-    moved.index_add_(0, target, pull)
-    if start:
-        # Samples of one class, counted or not, write one and the same row.
-        rows = moved.index_select(0, target)
-        moved.index_copy_(0, target, torch.where(starting, unit(rows)[0], rows))
-    return moved
+        starting = (norms.isinf() & (count >= 0.5)).unsqueeze(-1)
+        pull = torch.where(starting, unit(sums)[0], pull)
+    return moved.add_(pull)
