@@ -145,7 +145,7 @@ def split_ignored(
 
 def can_read(value: Tensor) -> bool:
     """Whether Python may look at the values: on the CPU, and not while tracing or under vmap."""
-    if value.device.type != "cpu" or torch.compiler.is_compiling():
+    if value.device.type != "cpu" or type(value) is not Tensor or torch.compiler.is_compiling():
         return False
     return not _under_vmap(value)
 

@@ -1,10 +1,12 @@
 """Number types, autocast, gradient scaling, and tensors of every layout."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from separate_loss import SeparateLoss, separate_loss
 from separate_loss import functional as F
@@ -151,6 +153,21 @@ def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
     assert torch.equal(
         separate_loss(features, target.to(dtype), centers), separate_loss(features, target, centers)
     )
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("center_update", ["paper", "gradient"])
+def test_tensors_without_values(kind: str, center_update: Any) -> None:
+    """Shapes and types flow through, on the meta device and as fake tensors."""
+    for mode, device in ((nullcontext(), "meta"), (FakeTensorMode(), "cpu")):
+        with mode, torch.device(device):
+            criterion = SeparateLoss(3, 4, center_update=center_update)
+            features = torch.randn(8, 4, requires_grad=True)
+            loss = criterion(features, target_of(kind, 8, 3))
+            loss.backward()
+            assert features.grad is not None
+            assert (loss.shape, features.grad.shape) == ((), (8, 4))
+            assert criterion.centers.device.type == device
 
 
 def test_one_sample_without_a_batch_dimension() -> None:

@@ -13,8 +13,11 @@ from separate_loss._checks import can_read
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """Left @ right in the type of its arguments, also inside an autocast region."""
-    with torch.autocast(left.device.type, enabled=False):
+    """The product left @ right in the type of its arguments, also inside an autocast region."""
+    device = left.device.type
+    if not torch.amp.is_autocast_available(device):
+        return left @ right
+    with torch.autocast(device, enabled=False):
         return left @ right
 
 
