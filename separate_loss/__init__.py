@@ -2,7 +2,20 @@
 
 from separate_loss import functional, metrics
 from separate_loss.functional import separate_loss
-from separate_loss.modules import SeparateLoss, Terms
+from separate_loss.modules import (
+    SeparateLoss,
+    SoftmaxSeparateLoss,
+    SoftmaxSeparateTerms,
+    Terms,
+)
 
-__all__ = ["SeparateLoss", "Terms", "functional", "metrics", "separate_loss"]
+__all__ = [
+    "SeparateLoss",
+    "SoftmaxSeparateLoss",
+    "SoftmaxSeparateTerms",
+    "Terms",
+    "functional",
+    "metrics",
+    "separate_loss",
+]
 __version__ = "0.1.0"

@@ -54,9 +54,11 @@ def check_centers(name: str, value: Tensor) -> None:
         )
 
 
-def check_batch(features: Tensor, target: Tensor, num_classes: int) -> None:
+def check_batch(
+    features: Tensor, target: Tensor, num_classes: int, *, name: str = "features"
+) -> None:
     """Features (*, d) with a target of class indices (*) or class probabilities (*, C)."""
-    check_vectors("features", features)
+    check_vectors(name, features)
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     if target.dtype == torch.bool or target.is_complex():
@@ -70,10 +72,27 @@ def check_batch(features: Tensor, target: Tensor, num_classes: int) -> None:
     if target.shape != expected:
         kind = "probabilities" if target.is_floating_point() else "indices"
         raise ValueError(
-            f"target of class {kind} must have shape {tuple(expected)} beside features of shape "
+            f"target of class {kind} must have shape {tuple(expected)} beside {name} of shape "
             f"{tuple(features.shape)} and {num_classes} classes, got {tuple(target.shape)}"
         )
-    check_device("target", target, "features", features)
+    check_device("target", target, name, features)
+
+
+def check_entered(features: Tensor, logits: Tensor, num_classes: int, feature_dim: int) -> None:
+    """Features that entered a head and logits (*, C) that can have left it."""
+    if logits.shape[-1] != num_classes:
+        raise ValueError(
+            f"logits must have {num_classes} values in the last dimension, one per class, "
+            f"got shape {tuple(logits.shape)}"
+        )
+    check_vectors("the head's input", features)
+    fits = features.shape[-1] == feature_dim
+    if not fits or features.shape[:-1].numel() != logits.shape[:-1].numel():
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} must come from as many features of size "
+            f"{feature_dim}, but {tuple(features.shape)} entered the watched head; watch the "
+            "module that maps the one to the other"
+        )
 
 
 def check_beside_centers(features: Tensor, centers: Tensor, weight: Tensor | None = None) -> None:

@@ -15,6 +15,8 @@ ROOT = Path(__file__).parent.parent
 def test_public_names() -> None:
     assert separate_loss.__all__ == [
         "SeparateLoss",
+        "SoftmaxSeparateLoss",
+        "SoftmaxSeparateTerms",
         "Terms",
         "functional",
         "metrics",

@@ -1,0 +1,341 @@
+"""Softmax and separate loss on the head of a model that returns logits only."""
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from separate_loss import SeparateLoss, SoftmaxSeparateLoss, separate_loss
+
+NUM_CLASSES = 5
+
+
+class Residual(nn.Module):
+    """Convolutions with a shortcut, average pooling, `fc`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+        self.fc = nn.Linear(8, NUM_CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.stem(images)
+        logits: Tensor = self.fc((maps + self.block(maps)).mean((2, 3)))
+        return logits
+
+
+class Attention(nn.Module):
+    """Patches, a class token, one transformer layer, `head`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, stride=4)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, NUM_CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patches(images).flatten(2).mT
+        tokens = torch.cat([self.token.expand(len(images), 1, 8), patches], 1)
+        logits: Tensor = self.head(self.layer(tokens)[:, 0])
+        return logits
+
+
+def convolutional() -> nn.Sequential:
+    convolutions = nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten()
+    return nn.Sequential(*convolutions, nn.Linear(72, 16), nn.ReLU(), nn.Linear(16, NUM_CLASSES))
+
+
+def perceptron() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.Tanh(), nn.Linear(16, NUM_CLASSES))
+
+
+MODELS: list[tuple[Callable[[], Any], Callable[[Any], nn.Linear]]] = [
+    (Residual, lambda model: model.fc),
+    (Attention, lambda model: model.head),
+    (convolutional, lambda model: model[-1]),
+    (perceptron, lambda model: model[-1]),
+]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def images(size: int = 6) -> Tensor:
+    return torch.randn(size, 3, 8, 8)
+
+
+def labels(size: int = 6) -> Tensor:
+    return torch.arange(size) % NUM_CLASSES
+
+
+def run_by_hand(model: nn.Module, head: nn.Linear, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and logits, as a model would return them that was written to."""
+    entered: list[Tensor] = []
+    handle = head.register_forward_hook(lambda _, inputs, __: entered.append(inputs[0]))
+    logits = model(batch)
+    handle.remove()
+    return entered[0], logits
+
+
+@pytest.mark.parametrize(("build", "head_of"), MODELS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", ["indices", "ignoring", "smooth", "probabilities"])
+def test_gradients_are_those_of_a_hand_written_loop(
+    build: Callable[[], Any], head_of: Callable[[Any], nn.Linear], kind: str, reduction: Any
+) -> None:
+    model = build().double()
+    head = head_of(model)
+    batch, target = images().double(), labels()
+    smoothing, soft = 0.0, target
+    if kind == "ignoring":
+        target[2] = -100
+    elif kind == "probabilities":
+        target = soft = torch.rand(6, NUM_CLASSES).double().softmax(-1)
+    elif kind == "smooth":
+        smoothing = 0.1
+        soft = F.one_hot(target, NUM_CLASSES).double() * 0.9 + 0.1 / NUM_CLASSES
+    weight = torch.rand(NUM_CLASSES, dtype=torch.float64)
+    centers = torch.randn(NUM_CLASSES, head.in_features, dtype=torch.float64)
+
+    features, logits = run_by_hand(model, head, batch)
+    softmax = F.cross_entropy(
+        logits, target, weight=weight, label_smoothing=smoothing, reduction=reduction
+    )
+    separate = separate_loss(features, soft, centers, weight=weight, reduction=reduction)
+    expected = softmax + 0.9 * separate
+    expected_grads = torch.autograd.grad(expected.sum(), list(model.parameters()))
+
+    criterion = SoftmaxSeparateLoss(
+        head,
+        center_init=centers,
+        label_smoothing=smoothing,
+        weight=weight,
+        reduction=reduction,
+        dtype=torch.float64,
+    )
+    loss = criterion(model(batch), target)
+    torch.testing.assert_close(loss, expected)
+    grads = torch.autograd.grad(loss.sum(), list(model.parameters()))
+    torch.testing.assert_close(grads, expected_grads)
+
+    other = SeparateLoss(*centers.shape, center_init=centers, dtype=torch.float64)
+    other(features, soft)
+    torch.testing.assert_close(criterion.separate.centers, other.centers)
+
+
+def test_each_call_needs_a_forward_pass_of_its_own() -> None:
+    model = perceptron()
+    criterion = SoftmaxSeparateLoss(model[-1])
+    with pytest.raises(RuntimeError, match="no forward pass since the last call"):
+        criterion(torch.randn(6, NUM_CLASSES), labels())
+    logits = model(images())
+    criterion(logits, labels())
+    before = criterion.separate.centers.clone()
+    with pytest.raises(RuntimeError, match="no forward pass since the last call"):
+        criterion(logits, labels())
+    assert torch.equal(criterion.separate.centers, before)
+
+
+def test_the_model_stays_as_it_was() -> None:
+    model = perceptron()
+    names = list(model.state_dict())
+    plain = pickle.dumps(model.state_dict())
+    criterion = SoftmaxSeparateLoss(model[-1])
+    assert pickle.dumps(model.state_dict()) == plain
+    assert list(model.state_dict()) == names
+    assert list(criterion.state_dict()) == ["separate.centers"]
+    assert not list(criterion.parameters())
+
+    pickled = pickle.dumps(model)
+    assert b"separate_loss" not in pickled
+    batch = images()
+    for twin in (copy.deepcopy(model), pickle.loads(pickled)):
+        assert torch.equal(twin(batch), model(batch))
+        criterion(model(batch), labels())
+        twin(batch)
+        # The copy was run last, and is not watched.
+        with pytest.raises(RuntimeError, match="no forward pass"):
+            criterion(twin(batch), labels())
+    assert torch.export.export(model, (batch,)).module()(batch).shape == (6, NUM_CLASSES)
+
+
+def test_copies_of_the_loss_watch_nothing_until_told() -> None:
+    model = perceptron()
+    criterion = SoftmaxSeparateLoss(model[-1])
+    criterion(model(images()), labels())
+    before = criterion.separate.centers.clone()
+    for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        with pytest.raises(RuntimeError, match="watches no head"):
+            twin(model(images()), labels())
+        assert torch.equal(twin.separate.centers, before)
+        twin.watch(model[-1])
+        assert twin(model(images()), labels()).isfinite()
+        # Both watch the head now, each for itself.
+        assert criterion(model(images()), labels()).isfinite()
+        twin.unwatch()
+
+
+def test_the_hook_goes_with_the_loss() -> None:
+    model = perceptron()
+    criterion = SoftmaxSeparateLoss(model[-1])
+    assert len(model[-1]._forward_pre_hooks) == 1
+    criterion.unwatch()
+    assert not model[-1]._forward_pre_hooks
+    criterion.watch(model[-1])
+    del criterion
+    gc.collect()
+    assert not model[-1]._forward_pre_hooks
+
+
+def test_two_models_and_two_heads_do_not_mix() -> None:
+    first, second = perceptron(), perceptron()
+    criteria = [SoftmaxSeparateLoss(model[-1], center_init="sphere") for model in (first, second)]
+    batches = images(), images()
+    logits = first(batches[0]), second(batches[1])
+    expected = [
+        F.cross_entropy(out, labels())
+        + 0.9 * separate_loss(model[:-1](batch), labels(), criterion.separate.centers.clone())
+        for out, model, batch, criterion in zip(
+            logits, (first, second), batches, criteria, strict=True
+        )
+    ]
+    for criterion, out, value in reversed(list(zip(criteria, logits, expected, strict=True))):
+        torch.testing.assert_close(criterion(out, labels()), value)
+
+
+def test_features_die_with_the_step() -> None:
+    model = perceptron()
+    criterion = SoftmaxSeparateLoss(model[-1])
+    seen: list[weakref.ref[Tensor]] = []
+    model[-1].register_forward_pre_hook(lambda _, inputs: seen.append(weakref.ref(inputs[0])))
+    for _ in range(5):
+        loss = criterion(model(images()), labels())
+        loss.backward()
+        del loss
+        assert seen[-1]() is None
+
+
+def test_both_terms_can_be_logged() -> None:
+    model = perceptron()
+    for reduction in ("mean", "sum", "none"):
+        criterion = SoftmaxSeparateLoss(model[-1], reduction=reduction)
+        assert criterion.last_terms is None
+        loss = criterion(model(images()), labels())
+        terms = criterion.last_terms
+        assert terms is not None
+        assert not any(term.requires_grad for term in terms)
+        total = terms.softmax + 0.9 * (terms.intra + terms.inter)
+        if reduction != "sum":
+            torch.testing.assert_close(total, loss.detach().mean())
+
+
+def test_centers_stay_in_validation() -> None:
+    model = perceptron()
+    criterion = SoftmaxSeparateLoss(model[-1])
+    criterion(model(images()), labels()).backward()
+    before = criterion.separate.centers.clone()
+    with torch.no_grad():
+        criterion(model(images()), labels())
+    criterion.eval()(model(images()), labels())
+    assert torch.equal(criterion.separate.centers, before)
+
+
+def test_frozen_backbone_half_precision_and_small_integers() -> None:
+    model = perceptron()
+    model[:-1].requires_grad_(False)
+    criterion = SoftmaxSeparateLoss(model[-1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(images())
+        loss = criterion(logits, labels().int())
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert model[-1].weight.grad is not None
+    assert criterion.separate.centers.dtype == torch.float32
+    assert criterion.separate.centers.norm(dim=-1).gt(0.9).all()
+
+
+def test_sequences_and_heads_that_tell_no_sizes() -> None:
+    head = nn.Sequential(nn.Identity(), nn.Linear(16, NUM_CLASSES))
+    with pytest.raises(ValueError, match="num_classes must be given, as head has no out_features"):
+        SoftmaxSeparateLoss(head)
+    criterion = SoftmaxSeparateLoss(head, num_classes=NUM_CLASSES, feature_dim=16)
+    target = torch.randint(NUM_CLASSES, (4, 7))
+    target[0, 3:] = -100
+    tokens = torch.randn(4, 7, 16, requires_grad=True)
+    loss = criterion(head(tokens), target)
+    flat = criterion.eval()(head(tokens).view(-1, NUM_CLASSES), target.view(-1))
+    loss.backward()
+    assert tokens.grad is not None
+    assert not tokens.grad[0, 3:].any()
+    assert flat.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("logits_shape", "target", "error", "message"),
+    [
+        ((6, 4), labels(), ValueError, r"logits must have 5 values .* got shape \(6, 4\)"),
+        ((3, 5), labels(3), ValueError, r"must come from as many features of size 16"),
+        ((6, 5), labels()[:, None], ValueError, r"target of class indices must have shape \(6,\)"),
+        ((6, 5), labels() + 1, IndexError, r"target must hold class indices in \[0, 5\).* got 5"),
+        ((6, 5), labels().bool(), TypeError, "target must hold class indices"),
+    ],
+)
+def test_bad_calls(logits_shape: Any, target: Tensor, error: Any, message: str) -> None:
+    model = perceptron()
+    criterion = SoftmaxSeparateLoss(model[-1], center_init="sphere")
+    before = criterion.separate.centers.clone()
+    model(images())
+    with pytest.raises(error, match=message):
+        criterion(torch.randn(logits_shape), target)
+    assert torch.equal(criterion.separate.centers, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"head": "fc"}, TypeError, "head must be a torch.nn.Module, got str"),
+        ({"separate_weight": -1.0}, ValueError, "separate_weight must be finite and not negative"),
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
+        ({"num_classes": 1}, ValueError, "num_classes must be at least 2"),
+        ({"center_update": "sgd"}, ValueError, "center_update must be one of"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], error: Any, message: str) -> None:
+    head = nn.Linear(16, NUM_CLASSES)
+    with pytest.raises(error, match=message):
+        SoftmaxSeparateLoss(**({"head": head} | options))
+    assert not head._forward_pre_hooks
+
+
+@pytest.mark.parametrize(("build", "head_of"), MODELS)
+def test_compiled_models_train_as_eager_ones(
+    build: Callable[[], Any], head_of: Callable[[Any], nn.Linear]
+) -> None:
+    torch._dynamo.reset()
+    eager = build()
+    other = copy.deepcopy(eager)
+    losses: list[list[float]] = []
+    for model, compiled in ((eager, False), (other, True)):
+        criterion = SoftmaxSeparateLoss(head_of(model))
+        call = torch.compile(model, fullgraph=True) if compiled else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        torch.manual_seed(1)
+        losses.append([])
+        for _ in range(20):
+            loss = criterion(call(images()), labels())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
