@@ -13,7 +13,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 fuzz: $(INSTALLED)
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests -m properties --hypothesis-show-statistics
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests -m properties
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check
