@@ -125,6 +125,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.seeds < 1 or options.epochs < 1:
         parser.error("--seeds and --epochs must be at least 1")
 
+    # The model is so small that threads would spend their time waiting for one another.
+    torch.set_num_threads(1)
     began = time.perf_counter()
     results: dict[str, list[Figures]] = {method: [] for method in METHODS}
     first: dict[str, Trained] = {}

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import pickle
 import weakref
 from collections.abc import Callable
@@ -224,6 +225,41 @@ def test_features_die_with_the_step() -> None:
         loss.backward()
         del loss
         assert seen[-1]() is None
+
+
+def test_memory_does_not_grow() -> None:
+    """As many tensors are alive after 1,000 steps as after 10."""
+    model = perceptron()
+    criterion = SoftmaxSeparateLoss(model[-1])
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def alive_after(steps: int) -> int:
+        for _ in range(steps):
+            loss = criterion(model(images()), labels())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        del loss
+        gc.collect()
+        return sum(isinstance(thing, Tensor) for thing in gc.get_objects())
+
+    assert alive_after(10) == alive_after(1000)
+
+
+@pytest.mark.parametrize("saved_as", ["paper", "gradient", "none"])
+@pytest.mark.parametrize("loaded_as", ["paper", "gradient", "none"])
+def test_checkpoints_load_in_every_mode(saved_as: Any, loaded_as: Any) -> None:
+    head = nn.Linear(16, NUM_CLASSES)
+    saved = SoftmaxSeparateLoss(head, center_update=saved_as, center_init="sphere")
+    loaded = SoftmaxSeparateLoss(head, center_update=loaded_as, center_init="sphere")
+    buffer = io.BytesIO()
+    torch.save(saved.state_dict(), buffer)
+    buffer.seek(0)
+    loaded.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(saved.separate.centers, loaded.separate.centers)
+    other = SoftmaxSeparateLoss(nn.Linear(16, NUM_CLASSES + 1))
+    with pytest.raises(RuntimeError, match=r"size mismatch for separate.centers"):
+        other.load_state_dict(saved.state_dict())
 
 
 def test_both_terms_can_be_logged() -> None:
