@@ -248,7 +248,7 @@ class SoftmaxSeparateLoss(nn.Module):
             center_update=center_update,
             center_lr=center_lr,
             center_init=center_init,
-            weight=weight if weight is None else weight.to(device),
+            weight=weight,
             ignore_index=ignore_index,
             reduction=reduction,
             device=device,

@@ -345,6 +345,7 @@ def test_bad_calls(logits_shape: Any, target: Tensor, error: Any, message: str) 
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
         ({"num_classes": 1}, ValueError, "num_classes must be at least 2"),
         ({"center_update": "sgd"}, ValueError, "center_update must be one of"),
+        ({"weight": [1.0] * 5}, TypeError, "weight must be a tensor, got list"),
     ],
 )
 def test_bad_options(options: dict[str, Any], error: Any, message: str) -> None:

@@ -149,7 +149,7 @@ def unit_rows(centers: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def push_apart(centers: Tensor, norms: Tensor, total: Tensor, rate: float) -> Tensor:
-    """Centers - rate D_inter, a new tensor, with D_inter of Eq. 7.
+    """A new tensor, the centers minus rate times D_inter of Eq. 7.
 
     The equation leaves k = j out. The whole sum gives the same, as no direction has a part across
     itself, and lets one vector serve all centers.
@@ -171,7 +171,7 @@ def pull_by_index(
     rate: float,
     start: bool,
 ) -> Tensor:
-    """Moved - rate D_intra, in place, with D_intra of Eq. 6 for class indices.
+    """Takes rate times D_intra of Eq. 6 from `moved`, in place, for class indices.
 
     Args:
         moved: centers after Eq. 7, (C, d).
@@ -194,7 +194,7 @@ def pull_by_index(
     along = (weight * cosines).unsqueeze(-1)
     pull = torch.addcmul(units * weight.unsqueeze(-1), rows, along, value=-1)
     moved.index_add_(0, index, pull)
-    if start and (bool(starting.any()) if can_read(starting) else True):
+    if start and (not can_read(starting) or bool(starting.any())):
         # All samples of a class, counted or not, write one and the same row.
         rows = moved.index_select(0, index)
         rows = torch.where(starting.unsqueeze(-1), unit(rows)[0], rows)
