@@ -37,7 +37,7 @@ class SeparateLoss(nn.Module):
     .. math:: L = L_s + \lambda (L_{intra} + L_{inter}) \tag{9}
 
     with lambda = 0.9 in the paper. Take features where they can be negative, from a linear layer or
-    before an activation; after ReLU the class means can hardly move apart.
+    before an activation; after ReLU centers cannot follow the class means and push them apart.
 
     Args:
         num_classes: C, at least 2.
