@@ -7,7 +7,8 @@ over its norm.
 
 Everything is computed, and every loss returned, in float32 or wider; gradients come in the type of
 what they belong to. Vectors whose norm is below 1e-19 or above 1e19 in float32 count as zero: their
-cosine with anything is 0, and so is their gradient.
+cosine with anything is 0, and so is their gradient. One exception: `backward` called inside an
+autocast region runs the matrix products of class probabilities in half precision.
 """
 
 from typing import NamedTuple
