@@ -164,9 +164,8 @@ def split_ignored(
 
 def can_read(value: Tensor) -> bool:
     """Whether Python may look at the values: on the CPU, and not while tracing or under vmap."""
-    if value.device.type != "cpu" or type(value) is not Tensor or torch.compiler.is_compiling():
-        return False
-    return not _under_vmap(value)
+    plain = value.device.type == "cpu" and type(value) in (Tensor, torch.nn.Parameter)
+    return plain and not torch.compiler.is_compiling() and not _under_vmap(value)
 
 
 def _under_vmap(value: Tensor) -> bool:

@@ -11,6 +11,7 @@ cosine with anything is 0, and so is their gradient. One exception: `backward` c
 autocast region runs the matrix products of class probabilities in half precision.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from separate_loss import ops
 from separate_loss._checks import (
     Reduction,
+    can_read,
     check_batch,
     check_beside_centers,
     check_centers,
@@ -77,7 +79,7 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
         ) from None
     dtype = _compute_dtype(a, b)
     (a, _), (b, _) = ops.unit(a.to(dtype)), ops.unit(b.to(dtype))
-    return _within(((a * b).sum(-1) + 1) / 2, 0, 1)
+    return ops.within(((a * b).sum(-1) + 1) / 2, 0, 1)
 
 
 def intra_class_loss(
@@ -105,11 +107,12 @@ def intra_class_loss(
     """
     check_choice("reduction", reduction, Reduction)
     batch = read_batch(features, target, centers, weight, ignore_index)
+    units, _ = ops.unit(batch.features)
     if batch.target.is_floating_point():
-        directions = _mix(batch, ops.unit(batch.centers)[0])
+        cosines = (units * _mix(batch, ops.unit(batch.centers)[0])).sum(-1)
     else:
-        directions, _ = ops.unit(batch.centers.index_select(0, batch.target))
-    cosines = (ops.unit(batch.features)[0] * directions).sum(-1)
+        rows, _ = ops.unit(batch.centers.index_select(0, batch.target))
+        cosines = ops.within((units * rows).sum(-1), -1, 1)
     loss = reduce(_intra(batch, cosines), batch.mass, None, reduction)
     return loss.reshape(features.shape[:-1]) if reduction == "none" else loss
 
@@ -142,8 +145,7 @@ def inter_class_loss(centers: Tensor) -> Tensor:
     check_centers("centers", centers)
     centers = centers.to(_compute_dtype(centers))
     none = torch.zeros(0, dtype=torch.long, device=centers.device)
-    _, total, norms = ops.unit_rows(centers, none)
-    return _inter(total, norms)
+    return ops.compare(centers[:0], centers, none)[1]
 
 
 def separate_loss(
@@ -244,7 +246,9 @@ def update_centers(
     check_rate("center_lr", center_lr)
     with torch.no_grad():
         reading = read(features, target, centers, None, ignore_index)
-        return next_centers(reading, center_lr).to(centers.dtype)
+        moved = reading.batch.centers.clone()
+        move_centers_(moved, reading, center_lr)
+        return moved.to(centers.dtype)
 
 
 # Shared with the module, not public.
@@ -255,8 +259,8 @@ class Batch(NamedTuple):
 
     features: Tensor  # (N, d)
     target: Tensor  # (N,) or (N, C)
-    counted: Tensor  # (N,), 1 where a sample counts and 0 where it is ignored
-    mass: Tensor  # (N,), the weight of each sample, 0 where it is ignored
+    counted: Tensor | None  # (N,), 1 where a sample counts and 0 where not; None: all count
+    mass: Tensor | None  # (N,), the weight of each sample, 0 where it does not count; None: all 1
     centers: Tensor  # (C, d)
     weight: Tensor | None  # (C,)
 
@@ -284,18 +288,21 @@ def read_batch(
     check_beside_centers(features, centers, weight)
 
     dtype = _compute_dtype(features, centers)
-    features = features.to(dtype).reshape(-1, feature_dim)
+    features = features.to(dtype)
+    features = features if features.ndim == 2 else features.reshape(-1, feature_dim)
     weight = None if weight is None else weight.to(dtype)
-    counted = features.new_ones(features.shape[0])
+    counted = mass = None
     if target.is_floating_point():
         target = target.to(dtype).reshape(-1, num_classes)
         mass = target.sum(-1) if weight is None else ops.matmul(target, weight)
     else:
         target, kept = split_ignored(target.reshape(-1), num_classes, ignore_index)
         if kept is not None:
-            counted = kept.to(dtype)
+            counted = mass = kept.to(dtype)
             features = features.where(kept.unsqueeze(-1), 0)
-        mass = counted if weight is None else counted * weight.index_select(0, target)
+        if weight is not None:
+            mass = weight.index_select(0, target)
+            mass = mass if counted is None else mass * counted
     return Batch(features, target, counted, mass, centers.to(dtype), weight)
 
 
@@ -303,70 +310,76 @@ def read(
     features: Tensor, target: Tensor, centers: Tensor, weight: Tensor | None, ignore_index: int
 ) -> Reading:
     batch = read_batch(features, target, centers, weight, ignore_index)
-    units, _ = ops.unit(batch.features)
     if batch.target.is_floating_point():
+        units, _ = ops.unit(batch.features)
         directions, norms = ops.unit(batch.centers)
         cosines, total = (units * _mix(batch, directions)).sum(-1), directions.sum(0)
+        inter = ops.inter(total, norms)
     else:
-        directions, total, norms = ops.unit_rows(batch.centers, batch.target)
-        cosines = (units * directions).sum(-1)
-    intra, inter = _intra(batch, cosines), _inter(total, norms)
-    return Reading(batch, intra, inter, units, directions, cosines, norms, total)
+        cosines, inter, total, units, directions, _, norms = ops.compare(
+            batch.features, batch.centers, batch.target
+        )
+    return Reading(batch, _intra(batch, cosines), inter, units, directions, cosines, norms, total)
 
 
-def reduce(intra: Tensor, mass: Tensor, inter: Tensor | None, reduction: Reduction) -> Tensor:
+def reduce(
+    intra: Tensor, mass: Tensor | None, inter: Tensor | None, reduction: Reduction
+) -> Tensor:
     """The loss from the summands of Eq. 2 and, where given, Eq. 3 beside each of them."""
     if reduction == "mean":
-        total = mass.sum()
-        mean = intra.sum() / total.masked_fill(total == 0, 1)
+        if mass is None:
+            mean = intra.mean() if intra.shape[0] else intra.sum()
+        else:
+            total = mass.sum()
+            mean = intra.sum() / total.masked_fill(total == 0, 1)
         return mean if inter is None else mean + inter
-    loss = intra if inter is None else intra + mass * inter
-    return loss if reduction == "none" else loss.sum()
+    if inter is not None:
+        intra = intra + (inter if mass is None else mass * inter)
+    return intra if reduction == "none" else intra.sum()
 
 
-def next_centers(reading: Reading, center_lr: float, *, start: bool = False) -> Tensor:
-    """Eq. 8 without the samples that are not finite; `start` puts zero centers on their samples."""
-    batch = reading.batch
-    broken = ~reading.cosines.isfinite()
-    counted = batch.counted.masked_fill(broken, 0)
-    units = reading.units.masked_fill(broken.unsqueeze(-1), 0)
-    moved = ops.push_apart(batch.centers, reading.norms, reading.total, center_lr)
-    if batch.target.is_floating_point():
-        return ops.pull_by_probability(
-            moved,
-            units,
-            batch.target,
-            counted,
-            center_units=reading.directions,
-            norms=reading.norms,
-            rate=center_lr,
-            start=start,
-        )
-    return ops.pull_by_index(
-        moved,
+def move_centers_(
+    centers: Tensor, reading: Reading, center_lr: float, *, start: bool = False
+) -> None:
+    """Eq. 8 on the centers that were read, or a copy of them, in place.
+
+    Samples that are not finite are left out; `start` puts zero centers on their samples.
+    """
+    target, norms, total = reading.batch.target, reading.norms, reading.total
+    units, cosines, counted = _finite(reading)
+    if target.is_floating_point() or ops.fewer_classes(centers, target):
+        sums, count = ops.class_sums(units, target, counted, norms.shape[0])
+        ops.move_by_sums_(centers, norms, total, sums, count, rate=center_lr, start=start)
+        return
+    ops.push_apart_(centers, norms, total, center_lr)
+    ops.pull_by_index_(
+        centers,
         units,
-        batch.target,
+        target,
         counted,
         rows=reading.directions,
-        cosines=reading.cosines.masked_fill(broken, 0),
-        norms=reading.norms,
+        cosines=cosines,
+        norms=norms,
         rate=center_lr,
         start=start,
     )
 
 
+def _finite(reading: Reading) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Directions, cosines and counts without the samples that are not finite."""
+    units, cosines, counted = reading.units, reading.cosines, reading.batch.counted
+    if can_read(cosines) and math.isfinite(float(cosines.detach().sum())):
+        return units, cosines, counted
+    finite = cosines.isfinite()
+    counted = finite.to(units.dtype) if counted is None else counted.where(finite, 0)
+    return units.where(finite.unsqueeze(-1), 0), cosines.where(finite, 0), counted
+
+
 def _intra(batch: Batch, cosines: Tensor) -> Tensor:
-    if batch.target.is_floating_point():
-        return _within((batch.mass - cosines) / 2, 0, batch.mass)
-    return _within((1 - cosines) / 2, 0, 1) * batch.mass
-
-
-def _inter(total: Tensor, norms: Tensor) -> Tensor:
-    num_classes = norms.shape[0]
-    # Sum over all pairs, then without each center beside itself. A zero center has no direction.
-    pairs = total.square().sum() - norms.isfinite().sum()
-    least = (num_classes - 2) / (2 * (num_classes - 1))
-    return _within((pairs / (num_classes * (num_classes - 1)) + 1) / 2, least, 1)
+    if batch.target.is_floating_point() and batch.mass is not None:
+        return ops.within((batch.mass - cosines) / 2, 0, batch.mass)
+    intra = torch.rsub(cosines, 0.5, alpha=0.5)
+    return intra if batch.mass is None else intra * batch.mass
 
 
 def _mix(batch: Batch, center_units: Tensor) -> Tensor:
@@ -374,11 +387,6 @@ def _mix(batch: Batch, center_units: Tensor) -> Tensor:
     if batch.weight is not None:
         center_units = center_units * batch.weight.unsqueeze(-1)
     return ops.matmul(batch.target, center_units)
-
-
-def _within(value: Tensor, least: float, most: float | Tensor) -> Tensor:
-    """Undoes rounding past the bounds, and leaves the derivatives alone."""
-    return value + (value.clamp(min=least).clamp(max=most) - value).detach()
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -19,7 +19,7 @@ from separate_loss._checks import (
     check_weight,
     split_ignored,
 )
-from separate_loss.functional import next_centers, read, reduce
+from separate_loss.functional import Reading, move_centers_, read, reduce
 
 __all__ = ["SeparateLoss", "SoftmaxSeparateLoss", "SoftmaxSeparateTerms", "Terms"]
 
@@ -134,13 +134,20 @@ class SeparateLoss(nn.Module):
         mean = reduce(intra, mass, None, "mean")
         self.last_terms = Terms(mean.detach(), inter.detach())
         if self.center_update == "paper" and self.training and torch.is_grad_enabled():
-            with torch.no_grad():
-                start = self.center_init == "features"
-                self.centers.copy_(next_centers(reading, self.center_lr, start=start))
+            self._move(reading)
         if self.reduction == "mean":
             return mean + inter
         loss = reduce(intra, mass, inter, self.reduction)
         return loss.reshape(features.shape[:-1]) if self.reduction == "none" else loss
+
+    @torch.no_grad()
+    def _move(self, reading: Reading) -> None:
+        # The buffer itself, or a copy of it in the type that was computed in.
+        centers = reading.batch.centers
+        start = self.center_init == "features"
+        move_centers_(centers, reading, self.center_lr, start=start)
+        if centers is not self.centers:
+            self.centers.copy_(centers)
 
     def extra_repr(self) -> str:
         """The arguments as they are in force, for `repr`."""

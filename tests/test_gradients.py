@@ -147,6 +147,8 @@ def test_per_sample_gradients_by_vmap(kind: TargetKind, features: Tensor, center
         torch.testing.assert_close((of_features[i], of_centers[i]), one)
 
 
+# An in-place operator of the update has no batching rule and runs once per problem.
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_batches_of_problems_by_vmap() -> None:
     features, centers = doubles(3, NUM_SAMPLES, FEATURE_DIM), doubles(3, NUM_CLASSES, FEATURE_DIM)
     target = torch.randint(NUM_CLASSES, (3, NUM_SAMPLES))

@@ -110,5 +110,8 @@ def test_peak_of_a_step_with_100_000_classes(center_update: str) -> None:
         [sys.executable, "-c", STEP % center_update], capture_output=True, text=True, check=True
     )
     one_copy = 100_000 * 128 * 4
-    # The new centers or the gradient cannot cost less than a copy.
-    assert one_copy * 0.9 <= int(output.stdout) < 600 * 2**20, output.stdout
+    if center_update == "gradient":
+        assert one_copy * 0.9 <= int(output.stdout) < one_copy * 1.3, output.stdout
+    else:
+        # The centers move in place.
+        assert 0 < int(output.stdout) < one_copy * 0.3, output.stdout

@@ -4,12 +4,27 @@ Every device is served by the eager form.
 """
 
 from separate_loss.ops.eager import (
+    class_sums,
+    compare,
+    fewer_classes,
+    inter,
     matmul,
-    pull_by_index,
-    pull_by_probability,
-    push_apart,
+    move_by_sums_,
+    pull_by_index_,
+    push_apart_,
     unit,
-    unit_rows,
+    within,
 )
 
-__all__ = ["matmul", "pull_by_index", "pull_by_probability", "push_apart", "unit", "unit_rows"]
+__all__ = [
+    "class_sums",
+    "compare",
+    "fewer_classes",
+    "inter",
+    "matmul",
+    "move_by_sums_",
+    "pull_by_index_",
+    "push_apart_",
+    "unit",
+    "within",
+]

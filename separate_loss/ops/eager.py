@@ -1,21 +1,26 @@
 """The operators as vectorised PyTorch, linear in the samples and in the classes.
 
 Shapes: N samples, C classes, d features. A hat is a vector over its norm: c^_j is the direction of
-center j. A `target` is either class indices (N,) or class probabilities (N, C).
+center j. A `target` is either class indices (N,) or class probabilities (N, C). A function whose
+name ends in an underscore changes its first argument.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from separate_loss._checks import can_read
+
+# A block of centers stays in a core's cache from one pass over it to the next.
+BLOCK_ELEMENTS = 2**17
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
     """The product left @ right in the type of its arguments, also inside an autocast region."""
     device = left.device.type
-    if not torch.amp.is_autocast_available(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return left @ right
     with torch.autocast(device, enabled=False):
         return left @ right
@@ -27,7 +32,7 @@ def _norms(vectors: Tensor) -> Tensor:
     A vector counts as zero where its squared norm leaves the normal range of its type.
     """
     norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
-    return norms.masked_fill(norms < torch.finfo(norms.dtype).tiny ** 0.5, torch.inf)
+    return torch.nn.functional.threshold(norms, torch.finfo(norms.dtype).tiny ** 0.5, torch.inf)
 
 
 def _project(vectors: Tensor, units: Tensor, norms: Tensor) -> Tensor:
@@ -36,13 +41,58 @@ def _project(vectors: Tensor, units: Tensor, norms: Tensor) -> Tensor:
     return torch.addcmul(vectors, along, units, value=-1).div_(norms.unsqueeze(-1))
 
 
+def _blocks(*per_class: Tensor) -> list[tuple[Tensor, ...]]:
+    """The tensors in blocks of rows, where that helps: on the CPU, with nothing tracing."""
+    centers = per_class[0]
+    rows = max(1, BLOCK_ELEMENTS // centers.shape[1])
+    if len(centers) <= rows or not can_read(centers):
+        return [per_class]
+    return list(zip(*(tensor.split(rows) for tensor in per_class), strict=True))
+
+
+def _norms_and_total(centers: Tensor) -> tuple[Tensor, Tensor]:
+    """The centers' norms (C,) and the sum of their directions (d,), from one reading."""
+    norms, totals = [], []
+    for (block,) in _blocks(centers):
+        norms.append(_norms(block))
+        totals.append(matmul(norms[-1].reciprocal(), block))
+    if len(norms) == 1:
+        return norms[0], totals[0]
+    return torch.cat(norms), torch.stack(totals).sum(0)
+
+
+def _across(vector: Tensor, centers: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors a, b (C, 1) of `_project` of one vector at every center: b v - a c."""
+    along = matmul(centers, vector) / norms / norms / norms
+    return along.unsqueeze(-1), norms.reciprocal().unsqueeze(-1)
+
+
 def _project_one(vector: Tensor, centers: Tensor, norms: Tensor) -> Tensor:
-    """`_project` of one vector (d,) at every center, with no copy of the centers' directions."""
-    along = matmul(centers, vector) / norms / norms
-    return torch.addcmul(vector, centers, along.unsqueeze(-1), value=-1).div_(norms.unsqueeze(-1))
+    """`_project` of one vector (d,) at every center, written once."""
+    blocks = _blocks(centers, norms)
+    if torch.is_grad_enabled() or len(blocks) == 1:
+        along, inverse = _across(vector, centers, norms)
+        return torch.addcmul(vector * inverse, along, centers, value=-1)
+    projected = torch.empty_like(centers)
+    for (block, norm), out in zip(blocks, projected.split(len(blocks[0][0])), strict=True):
+        along, inverse = _across(vector, block, norm)
+        torch.mul(block, along.neg_(), out=out).addcmul_(vector, inverse)
+    return projected
 
 
-def _nonzero(count: Tensor) -> Tensor:
+def fewer_classes(centers: Tensor, index: Tensor) -> bool:
+    """Whether to work on all classes rather than on each sample's; compilers need no such help."""
+    return not torch.compiler.is_compiling() and len(centers) <= len(index)
+
+
+def _number(count: Tensor) -> Tensor | float:
+    """As Python's number where that costs no wait."""
+    return float(count) if can_read(count) else count
+
+
+def _nonzero(count: Tensor) -> Tensor | float:
+    if can_read(count):
+        return float(count) or 1.0
     return count.masked_fill(count == 0, 1)
 
 
@@ -70,8 +120,7 @@ class _Unit(torch.autograd.Function):
         units, norms = ctx.saved_tensors
         grad = None if grad_units is None else _project(grad_units, units, norms)
         if grad_norms is not None:
-            grad_along = grad_norms.unsqueeze(-1) * units
-            grad = grad_along if grad is None else grad + grad_along
+            grad = _plus(grad, grad_norms.unsqueeze(-1) * units)
         return grad
 
 
@@ -89,140 +138,267 @@ def unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return units, norms
 
 
-class _UnitRows(torch.autograd.Function):
+class _Compare(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(centers: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        norms = _norms(centers)
-        rows = centers.index_select(0, index) / norms.index_select(0, index).unsqueeze(-1)
-        return rows, matmul(norms.reciprocal(), centers), norms
+    def forward(features: Tensor, centers: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        feature_norms = _norms(features)
+        units = features / feature_norms.unsqueeze(-1)
+        norms, total = _norms_and_total(centers)
+        if fewer_classes(centers, index):
+            rows = (centers / norms.unsqueeze(-1)).index_select(0, index)
+        else:
+            rows = centers.index_select(0, index) / norms.index_select(0, index).unsqueeze(-1)
+        # Rounding carries cosines past their bounds. Derivatives know nothing of that.
+        cosines = (units * rows).sum(-1).clamp(-1, 1)
+        return cosines, inter(total, norms), total, units, rows, feature_norms, norms
 
     @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]
-    ) -> None:
-        rows, _, norms = output
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        _, centers, index = inputs
+        cosines, of_centers, total, *others, norms = output
+        held: Tensor | None = centers
+        if not ctx.needs_input_grad[1]:
+            held = None  # They may move before the backward pass.
+            if forward_ad._current_level < 0:
+                ctx.mark_non_differentiable(of_centers, total, norms)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, rows, norms)
-        ctx.save_for_forward(*inputs, norms)
+        ctx.save_for_backward(held, index, cosines, total, *others, norms)
+        ctx.save_for_forward(centers, index, cosines, total, *others, norms)
 
     @staticmethod
     def backward(
-        ctx: Any, grad_rows: Tensor | None, grad_total: Tensor | None, grad_norms: Tensor | None
-    ) -> tuple[Tensor | None, None]:
-        centers, index, rows, norms = ctx.saved_tensors
-        grad = None
-        if grad_total is not None:
-            grad = _project_one(grad_total, centers, norms)
-        if grad_norms is not None:
-            grad_along = (grad_norms / norms).unsqueeze(-1) * centers
-            grad = grad_along if grad is None else grad + grad_along
-        if grad_rows is not None:
-            grad_rows = _project(grad_rows, rows, norms.index_select(0, index))
-            if grad is None:
-                grad = grad_rows.new_zeros(centers.shape)
-            # With a graph or a torch.func transform above, the two parts may differ in kind.
-            add = grad.index_add if torch.is_grad_enabled() else grad.index_add_
-            grad = add(0, index, grad_rows)
-        return grad, None
+        ctx: Any,
+        grad_cosines: Tensor | None,
+        grad_inter: Tensor | None,
+        grad_total: Tensor | None,
+        grad_units: Tensor | None,
+        grad_rows: Tensor | None,
+        grad_feature_norms: Tensor | None,
+        grad_norms: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        centers, index, cosines, total, units, rows, feature_norms, norms = ctx.saved_tensors
+        of_features = of_centers = None
+        if ctx.needs_input_grad[0]:
+            of_features = _gradient(
+                units, feature_norms, rows, cosines, grad_cosines, grad_units, grad_feature_norms
+            )
+        if ctx.needs_input_grad[1]:
+            if grad_inter is not None:
+                grad_total = _plus(grad_total, grad_inter * (2 / _pairs(norms)) * total)
+            if grad_total is not None:
+                of_centers = _project_one(grad_total, centers, norms)
+            if grad_norms is not None:
+                of_centers = _plus(of_centers, (grad_norms / norms).unsqueeze(-1) * centers)
+            of_rows = _gradient(
+                rows, norms.index_select(0, index), units, cosines, grad_cosines, grad_rows, None
+            )
+            if of_rows is not None:
+                if of_centers is None:
+                    of_centers = of_rows.new_zeros(centers.shape)
+                # With a graph or a torch.func transform above, the two may differ in kind.
+                out_of_place = torch.is_grad_enabled()
+                add = of_centers.index_add if out_of_place else of_centers.index_add_
+                of_centers = add(0, index, of_rows)
+        return of_features, of_centers, None
 
 
-class _UnitRowsWithForwardMode(_UnitRows):
+class _CompareWithForwardMode(_Compare):
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, Tensor, Tensor]:
-        centers, index, norms = ctx.saved_tensors
-        units = centers / norms.unsqueeze(-1)
-        units_tangent = _project(tangent, units, norms)
-        norms_tangent = (tangent * units).sum(-1)
-        return units_tangent.index_select(0, index), units_tangent.sum(0), norms_tangent
+    def jvp(
+        ctx: Any, features_tangent: Tensor | None, centers_tangent: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        centers, index, _, total, units, rows, feature_norms, norms = ctx.saved_tensors
+        if features_tangent is None:
+            features_tangent = torch.zeros_like(units)
+        if centers_tangent is None:
+            centers_tangent = torch.zeros_like(centers)
+        center_units = centers / norms.unsqueeze(-1)
+        of_units = _project(features_tangent, units, feature_norms)
+        of_center_units = _project(centers_tangent, center_units, norms)
+        of_rows = of_center_units.index_select(0, index)
+        of_cosines = (of_units * rows + units * of_rows).sum(-1)
+        of_feature_norms = (features_tangent * units).sum(-1)
+        of_norms = (centers_tangent * center_units).sum(-1)
+        of_total = of_center_units.sum(0)
+        of_inter = (of_total * total).sum() * (2 / _pairs(norms))
+        return of_cosines, of_inter, of_total, of_units, of_rows, of_feature_norms, of_norms
 
 
-def unit_rows(centers: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One reading of the centers (C, d): c^_{y_i} (N, d), sum_j c^_j (d,) and the norms (C,).
+class _ComparePlainly(torch.autograd.Function):
+    """Without what torch.func and forward mode ask for, at half the cost of a call."""
 
-    Its gradient for the centers is written once, densely, and the samples' rows added to it.
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        output = _Compare.forward(*inputs)
+        _Compare.setup_context(ctx, inputs, output)
+        return output
+
+    backward = _Compare.backward
+
+
+def compare(features: Tensor, centers: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+    """Samples beside the centers of their classes, in one reading of both.
+
+    Returns the cosines x^_i . c^_{y_i} (N,), Eq. 3, the sum of all c^_j (d,), the directions x^_i
+    and c^_{y_i} (N, d) each, and the norms of the features (N,) and of the centers (C,). The
+    gradient for the centers is written once, densely, and the samples' rows added to it.
     """
-    function: Any = _UnitRows if torch.compiler.is_compiling() else _UnitRowsWithForwardMode
-    rows, total, norms = function.apply(centers, index)
-    return rows, total, norms
+    function: Any = _ComparePlainly
+    if torch.compiler.is_compiling():
+        function = _Compare
+    elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        function = _CompareWithForwardMode
+    compared: tuple[Tensor, ...] = function.apply(features, centers, index)
+    return compared
 
 
-def push_apart(centers: Tensor, norms: Tensor, total: Tensor, rate: float) -> Tensor:
-    """A new tensor, the centers minus rate times D_inter of Eq. 7.
+def _gradient(
+    units: Tensor,
+    norms: Tensor,
+    others: Tensor,
+    cosines: Tensor,
+    grad_cosines: Tensor | None,
+    grad_units: Tensor | None,
+    grad_norms: Tensor | None,
+) -> Tensor | None:
+    """For vectors, of their cosines with other directions, of their own directions and norms."""
+    grad = None
+    if grad_cosines is not None:
+        # `_project`, where the part along the units is known already.
+        factor = grad_cosines / norms
+        along = (factor * cosines).unsqueeze(-1)
+        grad = torch.addcmul(others * factor.unsqueeze(-1), units, along, value=-1)
+    if grad_units is not None:
+        grad = _plus(grad, _project(grad_units, units, norms))
+    if grad_norms is not None:
+        grad = _plus(grad, grad_norms.unsqueeze(-1) * units)
+    return grad
+
+
+def inter(total: Tensor, norms: Tensor) -> Tensor:
+    """Eq. 3 from the sum of the centers' directions (d,) and their norms (C,)."""
+    pairs = _pairs(norms)
+    # Sum over all pairs, then without each center beside itself. A zero center has no direction.
+    alone = 0.5 - _number((norms != torch.inf).sum()) / pairs
+    value = torch.rsub(matmul(total, total), alone, alpha=-1 / pairs)
+    return within(value, (len(norms) - 2) / (2 * (len(norms) - 1)), 1)
+
+
+def within(value: Tensor, least: float, most: float | Tensor) -> Tensor:
+    """Undoes rounding past the bounds, and leaves the derivatives alone."""
+    if value.ndim == 0 and can_read(value) and least <= float(value.detach()) <= most:
+        return value
+    return value + (value.clamp(min=least).clamp(max=most) - value).detach()
+
+
+def _plus(grad: Tensor | None, more: Tensor) -> Tensor:
+    return more if grad is None else grad + more
+
+
+def push_apart_(centers: Tensor, norms: Tensor, total: Tensor, rate: float) -> None:
+    """Takes rate times D_inter of Eq. 7 from the centers.
 
     The equation leaves k = j out. The whole sum gives the same, as no direction has a part across
     itself, and lets one vector serve all centers.
     """
-    num_classes = centers.shape[0]
-    moved = _project_one(total, centers, norms)
-    return moved.mul_(-rate / (2 * num_classes * (num_classes - 1))).add_(centers)
+    # Last, as a large rate beside large norms would overflow on the way.
+    rate /= _pairs(centers)
+    for block, norm in _blocks(centers, norms):
+        along, inverse = _across(total, block, norm)
+        block.mul_(along.mul_(rate).add_(1)).addcmul_(total, inverse, value=-rate)
 
 
-def pull_by_index(
-    moved: Tensor,
+def pull_by_index_(
+    centers: Tensor,
     units: Tensor,
     index: Tensor,
-    counted: Tensor,
+    counted: Tensor | None,
     *,
     rows: Tensor,
     cosines: Tensor,
     norms: Tensor,
     rate: float,
     start: bool,
-) -> Tensor:
-    """Takes rate times D_intra of Eq. 6 from `moved`, in place, for class indices.
+) -> None:
+    """Takes rate times D_intra of Eq. 6 from the centers.
 
     Args:
-        moved: centers after Eq. 7, (C, d).
+        centers: after Eq. 7, (C, d).
         units: unit features (N, d), zero where a sample does not count.
         index: the samples' classes (N,).
-        counted: (N,), 1 where a sample counts and 0 where not.
+        counted: (N,), 1 where a sample counts and 0 where not; None where all do.
         rows: the unit centers of the samples' classes (N, d), before any step.
         cosines: units . rows, (N,).
         norms: the centers' norms (C,), before any step.
         rate: alpha.
         start: whether a zero center takes on the mean direction of its class's samples.
     """
-    count = torch.zeros_like(norms).index_add(0, index, counted).index_select(0, index)
+    samples = counted if counted is not None else torch.ones_like(cosines)
+    count = torch.zeros_like(norms).index_add(0, index, samples).index_select(0, index)
     norms = norms.index_select(0, index)
-    weight = rate / 2 * counted / (_nonzero(counted.sum()) * (1 + count) * norms)
+    weight = rate / 2 / _nonzero(samples.sum()) / ((1 + count) * norms)
+    if counted is not None:
+        weight = weight * counted
     starting = norms.isinf()
+    start = start and (not can_read(starting) or bool(starting.any()))
     if start:
         # A zero center has a zero row: the sum of its samples' directions is all that it gets.
         weight = weight.masked_fill(starting, 1)
     along = (weight * cosines).unsqueeze(-1)
     pull = torch.addcmul(units * weight.unsqueeze(-1), rows, along, value=-1)
-    moved.index_add_(0, index, pull)
-    if start and (not can_read(starting) or bool(starting.any())):
+    centers.index_add_(0, index, pull)
+    if start:
         # All samples of a class, counted or not, write one and the same row.
-        rows = moved.index_select(0, index)
+        rows = centers.index_select(0, index)
         rows = torch.where(starting.unsqueeze(-1), unit(rows)[0], rows)
-        moved.index_copy_(0, index, rows)
-    return moved
+        centers.index_copy_(0, index, rows)
 
 
-def pull_by_probability(
-    moved: Tensor,
-    units: Tensor,
-    target: Tensor,
-    counted: Tensor,
-    *,
-    center_units: Tensor,
+def class_sums(
+    units: Tensor, target: Tensor, counted: Tensor | None, num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """What Eq. 6 needs of a batch: of each class the sum of directions (C, d) and the count (C,).
+
+    Arguments as in `pull_by_index_`; the target may be class probabilities (N, C), of which those
+    that are not finite count as 0.
+    """
+    if counted is None:
+        counted = units.new_ones(units.shape[0])
+    if target.is_floating_point():
+        count = matmul(counted, target).nan_to_num(0, 0, 0)
+        return matmul(target.mT, units).nan_to_num(0, 0, 0), count
+    sums = units.new_zeros(num_classes, units.shape[1]).index_add(0, target, units)
+    return sums, units.new_zeros(num_classes).index_add(0, target, counted)
+
+
+def move_by_sums_(
+    centers: Tensor,
     norms: Tensor,
+    total: Tensor,
+    sums: Tensor,
+    count: Tensor,
+    *,
     rate: float,
     start: bool,
-) -> Tensor:
-    """As `pull_by_index`, for class probabilities (N, C); `center_units` (C, d) before any step.
+) -> None:
+    """Eq. 8 from the sums of `class_sums`, with `push_apart_` in the same pass.
 
-    A zero center takes on a direction once its class has half a sample. Probabilities that are not
-    finite pull nothing.
+    Under probabilities a zero center takes on a direction once its class has half a sample.
     """
-    count = matmul(counted, target).nan_to_num(0, 0, 0)
-    sums = matmul(target.mT, units).nan_to_num(0, 0, 0)
-    weight = rate / 2 / (_nonzero(count.sum()) * (1 + count))
-    pull = _project(sums, center_units, norms) * weight.unsqueeze(-1)
-    if start:
-        starting = (norms.isinf() & (count >= 0.5)).unsqueeze(-1)
-        pull = torch.where(starting, unit(sums)[0], pull)
-    return moved.add_(pull)
+    push = total * (-rate / _pairs(centers))
+    weight = (rate / 2 / _nonzero(count.sum()) / (1 + count)).unsqueeze(-1)
+    start = start and (not can_read(norms) or bool((norms == torch.inf).any()))
+    for block, norm, sums_, weight_, count_ in _blocks(centers, norms, sums, weight, count):
+        step = torch.addcmul(push, sums_, weight_)
+        step = _project(step, block / norm.unsqueeze(-1), norm)
+        if start:
+            starting = (norm.isinf() & (count_ >= 0.5)).unsqueeze(-1)
+            step = torch.where(starting, unit(sums_)[0], step)
+        block.add_(step)
+
+
+def _pairs(per_class: Tensor) -> int:
+    """Twice the number of ordered pairs of classes: the divisor of Eq. 3 and 7."""
+    return 2 * len(per_class) * (len(per_class) - 1)
