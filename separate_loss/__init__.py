@@ -2,12 +2,8 @@
 
 from separate_loss import functional, metrics
 from separate_loss.functional import separate_loss
-from separate_loss.modules import (
-    SeparateLoss,
-    SoftmaxSeparateLoss,
-    SoftmaxSeparateTerms,
-    Terms,
-)
+from separate_loss.modules import SeparateLoss, Terms
+from separate_loss.softmax import SoftmaxSeparateLoss, SoftmaxSeparateTerms
 
 __all__ = [
     "SeparateLoss",

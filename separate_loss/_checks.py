@@ -33,10 +33,19 @@ def check_rate(name: str, value: object) -> None:
         raise ValueError(f"{name} must be finite and not negative, got {value}")
 
 
-def check_vectors(name: str, value: Tensor) -> None:
-    """Floating point, (*, d)."""
+def check_tensor(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor; pass its full_tensor(), or its "
+            "to_local() where each process holds samples of its own"
+        )
+
+
+def check_vectors(name: str, value: Tensor) -> None:
+    """Floating point, (*, d)."""
+    check_tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {value.dtype}")
     if value.ndim == 0:
@@ -59,8 +68,7 @@ def check_batch(
 ) -> None:
     """Features (*, d) with a target of class indices (*) or class probabilities (*, C)."""
     check_vectors(name, features)
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    check_tensor("target", target)
     if target.dtype == torch.bool or target.is_complex():
         raise TypeError(
             "target must hold class indices (an integer type) or class probabilities "
@@ -71,9 +79,11 @@ def check_batch(
         expected = torch.Size((*expected, num_classes))
     if target.shape != expected:
         kind = "probabilities" if target.is_floating_point() else "indices"
+        column = target.shape == (*expected, 1)
+        hint = "; a column of labels needs target.squeeze(-1)" if column else ""
         raise ValueError(
             f"target of class {kind} must have shape {tuple(expected)} beside {name} of shape "
-            f"{tuple(features.shape)} and {num_classes} classes, got {tuple(target.shape)}"
+            f"{tuple(features.shape)} and {num_classes} classes, got {tuple(target.shape)}{hint}"
         )
     check_device("target", target, name, features)
 

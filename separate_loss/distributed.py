@@ -1,6 +1,6 @@
 """What the processes of torch.distributed share, so that every one holds the same centers."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
@@ -8,24 +8,40 @@ from torch import Tensor
 
 from separate_loss.functional import Summed
 
-ProcessGroup = dist.ProcessGroup | Literal["default", "none"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Processes = Literal["all", "each"]
 
 
-def group_of(process_group: ProcessGroup) -> dist.ProcessGroup | None:
+def check_processes(value: "ProcessGroup | Processes") -> None:
+    """A group, or who is to share."""
+    if value in ("all", "each") or (dist.is_available() and isinstance(value, dist.ProcessGroup)):
+        return
+    raise ValueError(
+        f"processes must be 'all', 'each' or a torch.distributed.ProcessGroup, got {value!r}"
+    )
+
+
+def group_of(processes: "ProcessGroup | Processes") -> "ProcessGroup | None":
     """The group to share with; None without any, or alone in it."""
-    if process_group == "none" or not (dist.is_available() and dist.is_initialized()):
+    if processes == "each" or not (dist.is_available() and dist.is_initialized()):
         return None
-    group = dist.group.WORLD if process_group == "default" else process_group
+    group = dist.group.WORLD if processes == "all" else processes
     return group if dist.get_world_size(group) > 1 else None
 
 
-def start_equal(centers: Tensor, group: dist.ProcessGroup) -> None:
+def start_equal(centers: Tensor, group: "ProcessGroup") -> None:
     """Gives every process the centers of the group's first, in place."""
-    dist.broadcast(centers.detach(), group=group, group_src=0)
+    # A sum with zeros: the compiler traces all_reduce, and no broadcast.
+    shared = centers.detach()
+    if dist.get_rank(group) > 0:
+        shared.zero_()
+    dist.all_reduce(shared, group=group)
 
 
-def sum_over(group: dist.ProcessGroup) -> Summed:
-    """A function from one process's class sums and counts to the sums of all, in one message."""
+def sum_over(group: "ProcessGroup") -> Summed:
+    """A function from one process's class sums and counts to those of all, in one message."""
 
     def summed(sums: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         packed = torch.cat([sums, count.unsqueeze(-1)], dim=-1)
@@ -35,10 +51,10 @@ def sum_over(group: dist.ProcessGroup) -> Summed:
     return summed
 
 
-def average_gradient(centers: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The centers, whose gradient will be the mean over processes: that of the global batch.
+def average_gradient(centers: Tensor, group: "ProcessGroup") -> Tensor:
+    """The centers, with a gradient that is the mean over the processes.
 
-    Where DistributedDataParallel averages as well, it finds equal gradients, and leaves them.
+    Where DistributedDataParallel averages as well, it finds equal gradients, and leaves them so.
     """
 
     def averaged(grad: Tensor) -> Tensor:

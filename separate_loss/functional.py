@@ -12,6 +12,7 @@ autocast region runs the matrix products of class probabilities in half precisio
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -338,17 +339,29 @@ def reduce(
     return intra if reduction == "none" else intra.sum()
 
 
+Summed = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From class sums (C, d) and counts (C,) of a part of the batch to those of the whole."""
+
+
 def move_centers_(
-    centers: Tensor, reading: Reading, center_lr: float, *, start: bool = False
+    centers: Tensor,
+    reading: Reading,
+    center_lr: float,
+    *,
+    start: bool = False,
+    summed: Summed | None = None,
 ) -> None:
     """Eq. 8 on the centers that were read, or a copy of them, in place.
 
-    Samples that are not finite are left out; `start` puts zero centers on their samples.
+    Samples that are not finite are left out; `start` puts zero centers on their samples. `summed`
+    is for a batch of which other processes read the rest.
     """
     target, norms, total = reading.batch.target, reading.norms, reading.total
     units, cosines, counted = _finite(reading)
-    if target.is_floating_point() or ops.fewer_classes(centers, target):
+    if summed or target.is_floating_point() or ops.fewer_classes(centers, target):
         sums, count = ops.class_sums(units, target, counted, norms.shape[0])
+        if summed:
+            sums, count = summed(sums, count)
         ops.move_by_sums_(centers, norms, total, sums, count, rate=center_lr, start=start)
         return
     ops.push_apart_(centers, norms, total, center_lr)

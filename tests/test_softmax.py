@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from separate_loss import SeparateLoss, SoftmaxSeparateLoss, separate_loss
 
@@ -190,13 +191,13 @@ def test_copies_of_the_loss_watch_nothing_until_told() -> None:
 def test_the_hook_goes_with_the_loss() -> None:
     model = perceptron()
     criterion = SoftmaxSeparateLoss(model[-1])
-    assert len(model[-1]._forward_pre_hooks) == 1
+    assert len(model[-1]._forward_hooks) == 1
     criterion.unwatch()
-    assert not model[-1]._forward_pre_hooks
+    assert not model[-1]._forward_hooks
     criterion.watch(model[-1])
     del criterion
     gc.collect()
-    assert not model[-1]._forward_pre_hooks
+    assert not model[-1]._forward_hooks
 
 
 def test_two_models_and_two_heads_do_not_mix() -> None:
@@ -213,6 +214,138 @@ def test_two_models_and_two_heads_do_not_mix() -> None:
     ]
     for criterion, out, value in reversed(list(zip(criteria, logits, expected, strict=True))):
         torch.testing.assert_close(criterion(out, labels()), value)
+
+
+def test_two_passes_before_two_calls_do_not_mix() -> None:
+    """Two views of one batch: each loss is that of the features of its own logits."""
+    model = perceptron()
+    criterion = SoftmaxSeparateLoss(model[-1], center_init="sphere", center_lr=0.0)
+    views = images(), images()
+    ways: list[Callable[[Tensor], Tensor]] = [
+        lambda out: out,
+        lambda out: out.view(2, 3, NUM_CLASSES).flatten(0, 1),
+    ]
+    for reshape in ways:
+        outputs = [model(view) for view in views]
+        with torch.no_grad():
+            model(images())  # A look at something else, whose output is dropped.
+        for view, output in zip(views, outputs, strict=True):
+            features = model[:-1](view)
+            expected = F.cross_entropy(output, labels()) + 0.9 * separate_loss(
+                features, labels(), criterion.separate.centers
+            )
+            torch.testing.assert_close(criterion(reshape(output), labels()), expected)
+
+
+def test_what_nobody_asked_for_is_let_go() -> None:
+    """Outputs that are kept, as for a metric at the end of an epoch, keep no features alive."""
+    model = perceptron()
+    criterion = SoftmaxSeparateLoss(model[-1])
+    seen: list[weakref.ref[Tensor]] = []
+    model[-1].register_forward_pre_hook(lambda _, inputs: seen.append(weakref.ref(inputs[0])))
+    with torch.no_grad():
+        kept = [model(images()) for _ in range(5)]
+    assert [reference() is None for reference in seen] == [True] * 4 + [False]
+    criterion(model(images()), labels()).backward()
+    assert all(reference() is None for reference in seen)
+    assert len(kept) == 5
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_head_in_a_checkpointed_region(use_reentrant: bool) -> None:
+    """The region runs again in the backward pass, which must count for nothing."""
+    model = perceptron()
+    criterion = SoftmaxSeparateLoss(model[-1], center_init="sphere", center_lr=0.0)
+    batch = images().requires_grad_()
+    logits = checkpoint(model, batch, use_reentrant=use_reentrant)
+    if use_reentrant:
+        with pytest.raises(RuntimeError, match="ran without recording gradients"):
+            criterion(logits, labels())
+        return
+    criterion(logits, labels()).backward()
+    with pytest.raises(RuntimeError, match="no forward pass since the last call"):
+        criterion(logits, labels())
+    assert batch.grad is not None
+    (expected,) = torch.autograd.grad(criterion(model(batch), labels()), batch)
+    torch.testing.assert_close(batch.grad, expected)
+
+
+class Named(nn.Module):
+    """A head that tells no sizes and takes its features by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Identity(), nn.Linear(16, NUM_CLASSES))
+
+    def forward(self, *, features: Tensor) -> Tensor:
+        logits: Tensor = self.layers(features)
+        return logits
+
+
+def test_sizes_from_the_first_batch_or_a_checkpoint() -> None:
+    head = Named()
+    batch = torch.randn(6, 16)
+    criterion = SoftmaxSeparateLoss(head)
+    known = SoftmaxSeparateLoss(head, num_classes=NUM_CLASSES, feature_dim=16)
+    for _ in range(3):
+        logits = head(features=batch)
+        assert torch.equal(criterion(logits, labels()), known(logits, labels()))
+    assert torch.equal(criterion.separate.centers, known.separate.centers)
+    resumed = SoftmaxSeparateLoss(head)
+    assert not resumed.state_dict()
+    resumed.load_state_dict(criterion.state_dict())
+    logits = head(features=batch)
+    assert torch.equal(resumed(logits, labels()), known(logits, labels()))
+    head(features=batch)
+    with pytest.raises(ValueError, match=r"logits must have 5 values .* got shape \(6, 4\)"):
+        resumed(torch.randn(6, 4), labels())
+
+
+def test_centers_to_learn_need_their_sizes_at_once() -> None:
+    """An optimizer made before the first batch would miss them."""
+    with pytest.raises(ValueError, match="num_classes and feature_dim must be given"):
+        SoftmaxSeparateLoss(Named(), center_update="gradient")
+
+
+def test_parameters_that_no_optimizer_got_still_move() -> None:
+    """In the default mode there are none to hand over, and the centers move all the same."""
+    model = perceptron()
+    criterion = SoftmaxSeparateLoss(model[-1])
+    assert not list(criterion.parameters())
+    before = criterion.separate.centers.clone()
+    criterion(model(images()), labels()).backward()
+    assert not torch.equal(criterion.separate.centers, before)
+
+
+def test_resuming_with_the_model_goes_on_bit_identically() -> None:
+    def start() -> tuple[nn.Sequential, SoftmaxSeparateLoss, torch.optim.Optimizer]:
+        torch.manual_seed(1)
+        model = perceptron()
+        criterion = SoftmaxSeparateLoss(model[-1], label_smoothing=0.1)
+        return model, criterion, torch.optim.AdamW(model.parameters())
+
+    def steps(seed: int, parts: tuple[Any, ...]) -> list[float]:
+        torch.manual_seed(seed)
+        model, criterion, optimizer = parts
+        losses = []
+        for _ in range(10):
+            loss = criterion(model(images()), labels())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    first: tuple[Any, ...] = start()
+    second: tuple[Any, ...] = start()
+    steps(2, first)
+    buffer = io.BytesIO()
+    torch.save([part.state_dict() for part in first], buffer)
+    buffer.seek(0)
+    for part, state in zip(second, torch.load(buffer, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    assert steps(3, first) == steps(3, second)
+    assert torch.equal(first[1].separate.centers, second[1].separate.centers)
 
 
 def test_features_die_with_the_step() -> None:
@@ -301,10 +434,8 @@ def test_frozen_backbone_half_precision_and_small_integers() -> None:
     assert criterion.separate.centers.norm(dim=-1).gt(0.9).all()
 
 
-def test_sequences_and_heads_that_tell_no_sizes() -> None:
+def test_sequences_of_tokens() -> None:
     head = nn.Sequential(nn.Identity(), nn.Linear(16, NUM_CLASSES))
-    with pytest.raises(ValueError, match="num_classes must be given, as head has no out_features"):
-        SoftmaxSeparateLoss(head)
     criterion = SoftmaxSeparateLoss(head, num_classes=NUM_CLASSES, feature_dim=16)
     target = torch.randint(NUM_CLASSES, (4, 7))
     target[0, 3:] = -100
@@ -352,7 +483,7 @@ def test_bad_options(options: dict[str, Any], error: Any, message: str) -> None:
     head = nn.Linear(16, NUM_CLASSES)
     with pytest.raises(error, match=message):
         SoftmaxSeparateLoss(**({"head": head} | options))
-    assert not head._forward_pre_hooks
+    assert not head._forward_hooks
 
 
 @pytest.mark.parametrize(("build", "head_of"), MODELS)
@@ -376,3 +507,34 @@ def test_compiled_models_train_as_eager_ones(
             optimizer.step()
             losses[-1].append(loss.item())
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_whole_step_compiles() -> None:
+    """Model, watching and loss in one graph, over batches of changing size."""
+    torch._dynamo.reset()
+    eager, other = perceptron(), perceptron()
+    other.load_state_dict(eager.state_dict())
+    losses: list[list[float]] = []
+    centers: list[Tensor] = []
+    for model, compiled in ((eager, False), (other, True)):
+        criterion = SoftmaxSeparateLoss(model[-1])
+
+        def step(
+            batch: Tensor, target: Tensor, model: Any = model, criterion: Any = criterion
+        ) -> Any:
+            return criterion(model(batch), target)
+
+        call = torch.compile(step, fullgraph=True) if compiled else step
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        torch.manual_seed(1)
+        losses.append([])
+        for number in range(20):
+            size = 6 + number % 3
+            loss = call(images(size), labels(size))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+        centers.append(criterion.separate.centers)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*centers, rtol=1e-4, atol=1e-5)

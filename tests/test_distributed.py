@@ -1,0 +1,192 @@
+"""Several processes with a part of the batch each against one process with all of it."""
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from separate_loss import SeparateLoss, SoftmaxSeparateLoss
+from tests.processes import run_in
+
+NUM_CLASSES, FEATURE_DIM, INPUT_DIM, BATCH = 5, 4, 6, 12
+STEPS = 50
+SIZES = [2, 3]
+
+
+def batches(kind: str, steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    drawn = []
+    for _ in range(steps):
+        inputs = torch.randn(BATCH, INPUT_DIM, generator=generator, dtype=torch.float64)
+        target = torch.randint(NUM_CLASSES, (BATCH,), generator=generator)
+        if kind == "probabilities":
+            shares = torch.rand(BATCH, NUM_CLASSES, generator=generator, dtype=torch.float64)
+            target = shares.softmax(-1)
+        drawn.append((inputs, target))
+    return drawn
+
+
+def build_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Linear(INPUT_DIM, 8), nn.Tanh(), nn.Linear(8, FEATURE_DIM)
+    return nn.Sequential(*layers, nn.Linear(FEATURE_DIM, NUM_CLASSES)).double()
+
+
+def train(rank: int, size: int, options: dict[str, Any]) -> dict[str, Any]:
+    """The joint loss on equal parts of each batch; losses are means over the processes."""
+    options = dict(options)
+    kind, wrap = options.pop("kind", "indices"), options.pop("wrap", "ddp")
+    model = build_model()
+    torch.manual_seed(rank)  # Random centers differ until the first step.
+    criterion = SoftmaxSeparateLoss(model[-1], dtype=torch.float64, **options)
+    call: Any = model
+    criterion_call: Any = criterion
+    if size > 1 and wrap == "fsdp":
+        fully_shard(model[0], mesh=init_device_mesh("cpu", (size,)))
+        fully_shard(model[-1], mesh=init_device_mesh("cpu", (size,)))
+        fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    elif size > 1:
+        call = DistributedDataParallel(model)
+        if wrap == "both":
+            criterion_call = DistributedDataParallel(criterion)
+    parameters = [*model.parameters(), *criterion.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    losses = []
+    for inputs, target in batches(kind):
+        part = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
+        loss = criterion_call(call(inputs[part]), target[part])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    mean = torch.stack(losses)
+    if size > 1:
+        dist.all_reduce(mean)
+    return {"losses": mean / size, "centers": criterion.separate.centers.detach().clone()}
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "random centers": {"center_init": "sphere", "center_lr": 1.0},
+    "centers from features": {},
+    "probabilities": {"kind": "probabilities", "center_init": "normal"},
+    "label smoothing": {"label_smoothing": 0.1},
+    "gradient": {"center_update": "gradient"},
+    "gradient, wrapped as well": {"center_update": "gradient", "wrap": "both"},
+    "fully sharded model": {"wrap": "fsdp"},
+    "fully sharded model, gradient": {"wrap": "fsdp", "center_update": "gradient"},
+}
+
+
+def train_in_all_ways(rank: int, size: int) -> dict[str, dict[str, Any]]:
+    return {name: train(rank, size, options) for name, options in WAYS.items()}
+
+
+@functools.cache
+def trained(size: int) -> list[dict[str, dict[str, Any]]]:
+    return run_in(size, train_in_all_ways)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("way", WAYS)
+def test_many_processes_follow_one(size: int, way: str) -> None:
+    alone, parts = trained(1)[0][way], [result[way] for result in trained(size)]
+    for part in parts:
+        torch.testing.assert_close(part["losses"], alone["losses"], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(part["centers"], alone["centers"], rtol=1e-6, atol=1e-6)
+        assert torch.equal(part["centers"], parts[0]["centers"])
+
+
+SHARES = {2: [5, 0], 3: [5, 3, 0]}
+
+
+def follow(rank: int, size: int) -> Tensor:
+    """Uneven parts, one of them empty, of features that nothing trains; one broken sample."""
+    criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    for step in range(20):
+        shares = SHARES[3] if size != 2 else SHARES[2]
+        count = sum(shares)
+        features = torch.randn(count, FEATURE_DIM, generator=generator, dtype=torch.float64)
+        target = torch.randint(NUM_CLASSES, (count,), generator=generator)
+        if step % 5 == 1:
+            features[0, 0] = torch.nan
+        if step % 5 == 2:
+            target[1] = -100
+        if size > 1:
+            features, target = features.split(shares)[rank], target.split(shares)[rank]
+        criterion(features.requires_grad_(), target).sum().backward()
+    return criterion.centers
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_uneven_and_empty_parts_neither_hang_nor_drift(size: int) -> None:
+    parts = run_in(size, follow)
+    assert all(torch.equal(part, parts[0]) for part in parts)
+    assert parts[0].isfinite().all()
+    if size == 3:
+        torch.testing.assert_close(parts[0], follow(0, 1), rtol=1e-10, atol=1e-10)
+
+
+def drift(rank: int, size: int) -> list[Tensor]:
+    torch.manual_seed(rank)
+    centers = []
+    alone: Any = [dist.new_group([other]) for other in range(size)][rank]
+    choices: list[Any] = ["each", alone, dist.group.WORLD, "all"]
+    for processes in choices:
+        criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, processes=processes)
+        criterion(torch.randn(8, FEATURE_DIM, requires_grad=True), torch.arange(8) % NUM_CLASSES)
+        centers.append(criterion.centers)
+    return centers
+
+
+def test_who_shares_can_be_chosen() -> None:
+    for which, one, other in zip(range(4), *run_in(2, drift), strict=True):
+        assert torch.equal(one, other) == (which >= 2)
+
+
+def compiled_step(rank: int, size: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    results = []
+    for compiling in (False, True):
+        criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM)
+        call = torch.compile(criterion, fullgraph=True) if compiling else criterion
+        for inputs, target in batches("indices", 5):
+            part = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
+            features = inputs[part, :FEATURE_DIM].float().requires_grad_()
+            call(features, target[part]).backward()
+        results.append(criterion.centers)
+    return results
+
+
+def test_compiled_steps_share_too() -> None:
+    for eager, compiled in run_in(2, compiled_step):
+        torch.testing.assert_close(eager, compiled)
+
+
+def refuse(_: int, size: int) -> str:
+    mesh = init_device_mesh("cpu", (size,))
+    features = DTensor.from_local(torch.randn(3, FEATURE_DIM), mesh)
+    criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM)
+    before = copy.deepcopy(criterion.centers)
+    with pytest.raises(TypeError) as error:
+        criterion(features, torch.arange(3))
+    assert torch.equal(before, criterion.centers)
+    return str(error.value)
+
+
+def test_dtensors_are_refused_clearly() -> None:
+    for message in run_in(2, refuse):
+        assert "features must be a plain tensor, got a DTensor; pass its full_tensor()" in message
+
+
+def test_nonsense_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"processes must be 'all', 'each' or a .* got 'some'"):
+        SeparateLoss(3, 4, processes="some")  # type: ignore[arg-type]
