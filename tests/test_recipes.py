@@ -60,7 +60,7 @@ def run_apart(program: str, folder: Path, *names: str) -> dict[str, Any]:
     ended = subprocess.run(
         [sys.executable, "-m", "tests.run_recipe", RECIPES / program, *names],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths, "TMPDIR": str(folder), "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
