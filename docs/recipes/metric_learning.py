@@ -1,0 +1,46 @@
+"""Beside pytorch-metric-learning's triplet loss and one of its miners.
+
+Both losses are called alike, `loss(embeddings, labels)`. Triplets act between single samples, the
+separate loss between samples and centers; the centers then classify, with no head at all.
+"""
+
+import torch
+from data import NUM_CLASSES, PATTERN_SIZE, batches
+from pytorch_metric_learning.losses import TripletMarginLoss
+from pytorch_metric_learning.miners import TripletMarginMiner
+from torch import nn
+
+from separate_loss import SeparateLoss
+from separate_loss.functional import similarity
+
+torch.manual_seed(0)
+# The last layer is linear: embeddings can be negative, as the separate loss wants them.
+model = nn.Sequential(nn.Linear(PATTERN_SIZE, 64), nn.ReLU(), nn.Linear(64, 16))
+miner = TripletMarginMiner(margin=0.2, type_of_triplets="semihard")
+triplet = TripletMarginLoss(margin=0.2)
+separate = SeparateLoss(NUM_CLASSES, feature_dim=16)
+optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+
+losses, mined = [], []
+for inputs, labels in batches(150):
+    embeddings = model(inputs)
+    triplets = miner(embeddings, labels)  # theirs alone: ours has no use for triplets
+    loss = triplet(embeddings, labels, triplets) + 0.9 * separate(embeddings, labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+    mined.append(miner.num_triplets)
+
+correct, total = 0, 0
+with torch.no_grad():
+    for inputs, labels in batches(20):
+        nearest = similarity(model(inputs).unsqueeze(1), separate.centers).argmax(-1)
+        correct += int((nearest == labels).sum())
+        total += len(labels)
+
+accuracy = correct / total
+print(
+    f"loss {losses[0]:.3f} to {losses[-1]:.3f}, triplets mined {mined[0]} to {mined[-1]}, "
+    f"accuracy by nearest center {accuracy:.3f}"
+)
