@@ -1,5 +1,6 @@
 """What every benchmark writes: results that outlive an interruption, and where they come from."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -14,7 +15,37 @@ import torch
 
 import separate_loss
 
-__all__ = ["Results", "environment", "provenance", "table", "verdict", "write"]
+__all__ = [
+    "Results",
+    "add_options",
+    "duration",
+    "environment",
+    "output",
+    "progress",
+    "provenance",
+    "table",
+    "verdict",
+    "write",
+]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark takes: where to run, where to write."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="a directory")
+    parser.add_argument("--fresh", action="store_true", help="drop figures of an earlier run")
+
+
+def output(options: argparse.Namespace, name: str, suffix: str) -> Path:
+    """The path of a file that is written, one for each kind of device."""
+    directory: Path = options.output
+    return directory / f"{name}{'' if options.device == 'cpu' else f'-{options.device}'}{suffix}"
+
+
+def progress(number: int, total: int, what: str) -> None:
+    """A line for a measurement that is done."""
+    print(f"[{number}/{total}] {what}", flush=True)
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
@@ -135,3 +166,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def verdict(met: bool | None) -> str:
     """How a bar's line ends; None where it was not measured."""
     return "not measured" if met is None else "**met**" if met else "**not met**"
+
+
+def duration(seconds: float) -> str:
+    """Three digits that count, in a unit that fits."""
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
