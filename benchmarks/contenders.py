@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pytorch_metric_learning import losses, miners
 from torch import Tensor, nn
 
 from benchmarks import baselines
@@ -218,9 +217,23 @@ def _loss(
     return step
 
 
+def _from_pml(name: str) -> Callable[[Problem, Wrap], Step]:
+    """A loss of pytorch-metric-learning, imported only when measured: it takes a while."""
+
+    def build(num_classes: int, feature_dim: int) -> nn.Module:
+        from pytorch_metric_learning import losses  # noqa: PLC0415
+
+        loss: nn.Module = getattr(losses, name)(num_classes, feature_dim)
+        return loss
+
+    return _loss(build)
+
+
 class _MinedTriplets(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        from pytorch_metric_learning import losses, miners  # noqa: PLC0415
+
         self.miner, self.loss = miners.BatchHardMiner(), losses.TripletMarginLoss()
 
     def forward(self, features: Tensor, target: Tensor) -> Any:
@@ -245,8 +258,8 @@ CONTENDERS = (
     Contender("island loss", "rival", _loss(baselines.IslandLoss, moves=True), pairs=True),
     Contender("triplet, batch-hard", "rival", _loss(lambda *_: baselines.BatchHardTripletLoss())),
     Contender("PML triplet, BatchHardMiner", "rival", _loss(lambda *_: _MinedTriplets())),
-    Contender("PML ProxyAnchor", "rival", _loss(losses.ProxyAnchorLoss)),
-    Contender("PML CosFace", "head", _loss(losses.CosFaceLoss)),
-    Contender("PML ArcFace", "head", _loss(losses.ArcFaceLoss)),
+    Contender("PML ProxyAnchor", "rival", _from_pml("ProxyAnchorLoss")),
+    Contender("PML CosFace", "head", _from_pml("CosFaceLoss")),
+    Contender("PML ArcFace", "head", _from_pml("ArcFaceLoss")),
     Contender("cross-entropy head", "head", _cross_entropy),
 )

@@ -1,6 +1,5 @@
 """The share of a whole training step of a ResNet-18 that the loss takes."""
 
-from statistics import median
 from typing import Any
 
 import torch
@@ -9,24 +8,28 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.contenders import CONTENDERS, Problem, Size
-from benchmarks.timing import Step, Timing, measure
+from benchmarks.timing import Step, measure
 from separate_loss import SeparateLoss
 
 __all__ = ["share"]
 
 NUM_CLASSES, FEATURE_DIM = 7, 512
+TURNS = 5
 
 
 def share(
     *, images: int, batch_size: int, device: str, threads: int, seconds: float
 ) -> dict[str, Any]:
-    """The step with and without the loss, in turns, and the loss alone on as many features."""
+    """Medians of the step without and with the loss, in turns, and of the loss alone.
+
+    In turns, because what else the machine does changes more in minutes than the loss adds.
+    """
     without, with_loss = (
         _training_step(images, batch_size, device, separate=separate) for separate in (False, True)
     )
     turns = [
-        [measure(step, threads=threads, seconds=seconds) for step in (without, with_loss)]
-        for _ in range(5)
+        [measure(step, threads=threads, seconds=seconds)["median"] for step in (without, with_loss)]
+        for _ in range(TURNS)
     ]
     size = Size(batch_size, FEATURE_DIM, NUM_CLASSES)
     contender = next(one for one in CONTENDERS if one.name == "SeparateLoss, paper")
@@ -35,18 +38,9 @@ def share(
     return {
         "images": images,
         "batch_size": batch_size,
-        "without": _middle([turn[0] for turn in turns]),
-        "with": _middle([turn[1] for turn in turns]),
+        "without": [turn[0] for turn in turns],
+        "with": [turn[1] for turn in turns],
         "alone": alone,
-    }
-
-
-def _middle(timings: list[Timing]) -> Timing:
-    """Of several turns, so that one that something else disturbed does not count."""
-    return {
-        "median": median(timing["median"] for timing in timings),
-        "iqr": median(timing["iqr"] for timing in timings),
-        "runs": sum(timing["runs"] for timing in timings),
     }
 
 

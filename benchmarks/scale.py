@@ -189,8 +189,9 @@ def _slope(axis: str, points: Sequence[Mapping[str, Any]], what: str, least: int
 def _bars(curves: Curves) -> str:
     axis, million = "num_classes", NUM_CLASSES[-1]
     rows = []
-    for form in ("paper", "gradient"):
-        points = curves[axis][form]
+    for form, points in curves[axis].items():
+        if form == "textbook":
+            continue
         for what, name in (("median", "time"), ("peak", "memory")):
             for least, where in ((0, "all"), (ASYMPTOTIC[axis], f"{ASYMPTOTIC[axis]:,} on")):
                 slope = _slope(axis, points, what, least)
