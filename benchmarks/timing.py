@@ -20,7 +20,7 @@ class Timing(TypedDict):
 
 
 def measure(step: Step, *, threads: int, seconds: float) -> Timing:
-    """Warms the step up, then runs it for `seconds`; a slow one 5 times, or for ten times as long.
+    """Warms the step up, then runs it for `seconds`; a slow one 5 times, or for 20 times as long.
 
     Where not even one run is done by then, the figure is that of a single run.
     """
@@ -31,7 +31,7 @@ def measure(step: Step, *, threads: int, seconds: float) -> Timing:
     _wait()
     once = time.perf_counter() - began
     timer = Timer("step()", globals={"step": step}, num_threads=threads)
-    timed = timer.blocked_autorange(min_run_time=min(max(seconds, 5 * once), 10 * seconds))
+    timed = timer.blocked_autorange(min_run_time=min(max(seconds, 5 * once), 20 * seconds))
     return {
         "median": timed.median,
         "iqr": timed.iqr,
