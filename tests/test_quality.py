@@ -221,7 +221,7 @@ def test_an_interrupted_comparison_goes_on(
         return measure(*given)
 
     monkeypatch.setattr(runs, "record", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="Interrupted: the same command goes on"):
         command.main(arguments)
     kept = json.loads((output / "results.json").read_text())["measured"]
     assert len(kept) == 9

@@ -94,6 +94,7 @@ def run(setting: Setting, source: Source) -> tuple[dict[str, Any], Trained]:
     record = {
         **{name: values[-1] for name, values in course.items() if name != "epoch"},
         "seconds": round(time.perf_counter() - began, 1),
+        "agreements": _agreements(trained),
         "course": {name: course[name] for name in COURSE},
         "confusion": _confusion(measured.labels, trained.predicted, classes),
     }
@@ -101,10 +102,11 @@ def run(setting: Setting, source: Source) -> tuple[dict[str, Any], Trained]:
 
 
 def record(setting: Setting, source: Source, detailed: bool) -> dict[str, Any]:
-    """The figures of a run, for a worker process; in detail with its course and confusions."""
+    """The figures of a run, for a worker process; in detail also by class and by epoch."""
     found = run(setting, source)[0]
     if not detailed:
-        del found["course"], found["confusion"]
+        for name in ("agreements", "course", "confusion"):
+            del found[name]
     return found
 
 
@@ -143,17 +145,24 @@ def _centers(criterion: nn.Module | None) -> Tensor | None:
 def _figures(trained: Trained) -> dict[str, float | None]:
     """The paper's Table 1, and what tells why: all None that there is no learned center for."""
     found: dict[str, float | None] = dict(trained.figures._asdict())
-    names = ("agreement", "agreement_lowest", "inter_learned", "center_sum")
-    found |= dict.fromkeys(names)
+    found |= dict.fromkeys(("agreement", "agreement_lowest", "inter_learned", "center_sum"))
     if trained.centers is not None:
-        centers = trained.centers
-        means = metrics.class_centers(trained.features, trained.labels, len(centers))
-        agreements = metrics.center_agreement(centers, means, reduction="none")
-        found["agreement"] = agreements.nanmean().item()
-        found["agreement_lowest"] = agreements.nan_to_num(torch.inf).min().item()
-        found["inter_learned"] = metrics.inter_class_similarity(centers).item()
-        found["center_sum"] = F.normalize(centers, dim=-1).sum(0).norm().item()
+        found |= {
+            "agreement": trained.figures.agreement,
+            "agreement_lowest": min(_agreements(trained)),
+            "inter_learned": metrics.inter_class_similarity(trained.centers).item(),
+            "center_sum": F.normalize(trained.centers, dim=-1).sum(0).norm().item(),
+        }
     return {name: None if value is None else round(value, 4) for name, value in found.items()}
+
+
+def _agreements(trained: Trained) -> list[float]:
+    """Of each class that the measured part has samples of; none without learned centers."""
+    if trained.centers is None:
+        return []
+    means = metrics.class_centers(trained.features, trained.labels, len(trained.centers))
+    agreements = metrics.center_agreement(trained.centers, means, reduction="none")
+    return [round(agreement, 4) for agreement in agreements.tolist() if not math.isnan(agreement)]
 
 
 def _confusion(labels: Tensor, predicted: Tensor, classes: int) -> list[list[int]]:
