@@ -1,1 +1,1 @@
-"""Measurements: `python -m benchmarks.demo` and `python -m benchmarks.centers`."""
+"""Measurements: `python -m benchmarks --help`; before them, `benchmarks.demo` and `.centers`."""

@@ -1,41 +1,32 @@
 """A small classifier on scikit-learn's handwritten digits, trained with and without the loss."""
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from separate_loss import SeparateLoss, metrics
+from benchmarks import training
+from benchmarks.training import FeatureKind, Figures, Split, Trained, joint
+from separate_loss import SeparateLoss
+
+__all__ = [
+    "FEATURE_DIM",
+    "NUM_CLASSES",
+    "DigitClassifier",
+    "FeatureKind",
+    "Figures",
+    "Split",
+    "Trained",
+    "evaluate",
+    "load_split",
+    "train",
+]
 
 NUM_CLASSES = 10
 FEATURE_DIM = 64
-
-FeatureKind = Literal["signed", "non-negative"]
-
-
-class Split(NamedTuple):
-    images: Tensor  # (N, 1, 8, 8), in [0, 1]
-    labels: Tensor  # (N,)
-
-
-class Figures(NamedTuple):
-    """What a trained model gives on the half that it has not seen."""
-
-    accuracy: float  # in percent
-    intra: float  # mean cosine of features to their class means
-    inter: float  # mean cosine between class means
-    agreement: float  # mean cosine of learned centers to class means; NaN without any
-
-
-class Trained(NamedTuple):
-    figures: Figures
-    features: Tensor  # of the test half, (N, d)
-    labels: Tensor  # (N,)
-    centers: Tensor | None  # learned, (C, d)
 
 
 def load_split(seed: int) -> tuple[Split, Split]:
@@ -84,34 +75,18 @@ def train(
     seed: int,
 ) -> Iterator[int]:
     """Trains with softmax loss plus, where given, the separate loss; yields after each epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for epoch in range(epochs):
-        order = torch.randperm(len(data.labels), generator=generator)
-        for chosen in order.split(batch_size):
-            features, logits = model(data.images[chosen])
-            loss = F.cross_entropy(logits, data.labels[chosen])
-            if criterion is not None:
-                loss = loss + separate_weight * criterion(features, data.labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        yield epoch
+    return training.train(
+        model,
+        data,
+        joint(criterion, separate_weight),
+        [torch.optim.Adam(model.parameters(), lr=1e-3)],
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+    )
 
 
-@torch.no_grad()
 def evaluate(model: DigitClassifier, data: Split, criterion: SeparateLoss | None) -> Trained:
     """Accuracy and the paper's Table 1, all on `data`."""
-    features, logits = model.eval()(data.images)
-    class_means = metrics.class_centers(features, data.labels, NUM_CLASSES)
-    centers = None if criterion is None else criterion.centers.detach()
-    agreement = float("nan")
-    if centers is not None:
-        agreement = metrics.center_agreement(centers, class_means).item()
-    figures = Figures(
-        accuracy=100 * (logits.argmax(-1) == data.labels).double().mean().item(),
-        intra=metrics.intra_class_similarity(features, data.labels, class_means).item(),
-        inter=metrics.inter_class_similarity(class_means).item(),
-        agreement=agreement,
-    )
-    return Trained(figures, features, data.labels, centers)
+    centers = None if criterion is None else criterion.centers
+    return training.evaluate(model, data, centers, NUM_CLASSES)

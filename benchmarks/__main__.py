@@ -1,0 +1,28 @@
+"""`python -m benchmarks speed`, `scale` or `quality`, each with `--help` of its own."""
+
+import argparse
+from importlib import import_module
+
+COMMANDS = {
+    "speed": "what a step costs, beside other losses and beside what no step can go under",
+    "scale": "how time and memory grow with classes and samples",
+    "quality": "whether it helps: accuracy, compactness, separation",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Hands the arguments on to `main` of the module that is named like the command."""
+    lines = [f"{name:9} {what}" for name, what in COMMANDS.items()]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="see COMMAND --help")
+    chosen = parser.parse_args(arguments)
+    import_module(f"benchmarks.{chosen.command}").main(chosen.options)
+
+
+if __name__ == "__main__":
+    main()
