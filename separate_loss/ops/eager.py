@@ -61,24 +61,23 @@ def _norms_and_total(centers: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(norms), torch.stack(totals).sum(0)
 
 
-def _across(vector: Tensor, centers: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors a, b (C, 1) of `_project` of one vector at every center: b v - a c."""
+def _along(vector: Tensor, centers: Tensor, norms: Tensor) -> Tensor:
+    """The part of a vector along each center, in lengths of the center, (C,)."""
     # On the CPU a product with a vector runs on one thread, and these two on all.
-    along = (centers * vector).sum(-1) if can_read(centers) else matmul(centers, vector)
-    along = along / norms / norms / norms
-    return along.unsqueeze(-1), norms.reciprocal().unsqueeze(-1)
+    products = (centers * vector).sum(-1) if can_read(centers) else matmul(centers, vector)
+    return products / norms / norms
 
 
 def _project_one(vector: Tensor, centers: Tensor, norms: Tensor) -> Tensor:
     """`_project` of one vector (d,) at every center, written once."""
     blocks = _blocks(centers, norms)
     if torch.is_grad_enabled() or len(blocks) == 1:
-        along, inverse = _across(vector, centers, norms)
-        return torch.addcmul(vector * inverse, along, centers, value=-1)
+        along = _along(vector, centers, norms).unsqueeze(-1)
+        return torch.addcmul(vector, centers, along, value=-1).div_(norms.unsqueeze(-1))
     projected = torch.empty_like(centers)
     for (block, norm), out in zip(blocks, projected.split(len(blocks[0][0])), strict=True):
-        along, inverse = _across(vector, block, norm)
-        torch.mul(block, along.neg_(), out=out).addcmul_(vector, inverse)
+        along = _along(vector, block, norm).unsqueeze(-1)
+        torch.addcmul(vector, block, along, value=-1, out=out).div_(norm.unsqueeze(-1))
     return projected
 
 
@@ -308,8 +307,8 @@ def push_apart_(centers: Tensor, norms: Tensor, total: Tensor, rate: float) -> N
     # Last, as a large rate beside large norms would overflow on the way.
     rate /= _pairs(centers)
     for block, norm in _blocks(centers, norms):
-        along, inverse = _across(total, block, norm)
-        block.mul_(along.mul_(rate).add_(1)).addcmul_(total, inverse, value=-rate)
+        scale = (_along(total, block, norm) / norm * rate + 1).unsqueeze(-1)
+        block.mul_(scale).addcmul_(total, norm.reciprocal().unsqueeze(-1), value=-rate)
 
 
 def pull_by_index_(
