@@ -81,6 +81,8 @@ def check_batch(
         kind = "probabilities" if target.is_floating_point() else "indices"
         column = target.shape == (*expected, 1)
         hint = "; a column of labels needs target.squeeze(-1)" if column else ""
+        if target.is_floating_point() and target.shape == features.shape[:-1]:
+            hint = "; class indices need target.long()"
         raise ValueError(
             f"target of class {kind} must have shape {tuple(expected)} beside {name} of shape "
             f"{tuple(features.shape)} and {num_classes} classes, got {tuple(target.shape)}{hint}"
@@ -88,20 +90,25 @@ def check_batch(
     check_device("target", target, name, features)
 
 
-def check_entered(features: Tensor, logits: Tensor, num_classes: int, feature_dim: int) -> None:
-    """Features that entered a head and logits (*, C) that can have left it."""
+def check_entered(
+    features: Tensor, logits: Tensor, num_classes: int, feature_dim: int | None
+) -> None:
+    """Features that entered a head and logits (*, C) that can have left it, in the same order."""
     if logits.shape[-1] != num_classes:
         raise ValueError(
             f"logits must have {num_classes} values in the last dimension, one per class, "
             f"got shape {tuple(logits.shape)}"
         )
     check_vectors("the head's input", features)
-    fits = features.shape[-1] == feature_dim
-    if not fits or features.shape[:-1].numel() != logits.shape[:-1].numel():
+    samples, others = features.shape[:-1], logits.shape[:-1]
+    flattened = len(samples) == 1 or len(others) == 1
+    fits = feature_dim is None or features.shape[-1] == feature_dim
+    if not fits or (samples != others and not (flattened and samples.numel() == others.numel())):
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} must come from as many features of size "
-            f"{feature_dim}, but {tuple(features.shape)} entered the watched head; watch the "
-            "module that maps the one to the other"
+            f"{'d' if feature_dim is None else feature_dim} in the same order, but "
+            f"{tuple(features.shape)} entered the watched head; watch the module that maps the one "
+            "to the other"
         )
 
 
@@ -179,6 +186,8 @@ def can_read(value: Tensor) -> bool:
 
 
 def _under_vmap(value: Tensor) -> bool:
+    if torch._C._functorch.is_legacy_batchedtensor(value):  # is_grads_batched=True
+        return True
     while torch._C._functorch.is_functorch_wrapped_tensor(value):
         if torch._C._functorch.is_batchedtensor(value):
             return True

@@ -1,57 +1,115 @@
 """Remembers what enters a module, for the one who gets what leaves it."""
 
-import weakref
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+# Operators between what a head returns and the logits that the loss is called with, at most.
+REACH = 1000
 
 
 class Pass(NamedTuple):
     """A forward pass of the watched module."""
 
     features: Any  # what entered it
-    recorded: bool  # whether autograd recorded it
-    output: "weakref.ref[Tensor] | None"
-
-    def alive(self) -> Tensor | None:
-        return None if self.output is None else self.output()
+    version: int | None  # of the features, which in-place operators raise
+    recorded: bool  # whether gradients were on
+    output: Any = None  # where nothing else tells one pass from another
 
 
 class Watch:
-    """A forward hook that keeps passes until they are taken."""
+    """Keeps forward passes of a module until they are taken.
+
+    A pass that autograd recorded hangs on the node of its output, lives as long as that, and is
+    found again from whatever was computed from it. Others, and those of compiled code, which has no
+    nodes, are kept here: the latest one, of compiled passes two.
+    """
 
     def __init__(self) -> None:
+        self.entered: tuple[Any, int | None] | None = None
         self.passes: tuple[Pass, ...] = ()
 
-    def __call__(
-        self, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
-    ) -> None:
+    def on(self, module: nn.Module) -> Callable[[], None]:
+        """Starts watching; returns what ends it."""
+        handles = (
+            module.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True),
+            module.register_forward_hook(_Hook(self._leave), with_kwargs=True),
+        )
+
+        def end() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return end
+
+    def take(self, logits: Tensor) -> Pass | None:
+        """The pass that logits came from; None without any."""
+        passes, self.passes = self.passes, ()
+        if not passes or not torch.compiler.is_compiling():
+            found: Pass | None = self._on_graph(logits)
+            if found is not None:
+                return found
+        for one in passes:
+            if one.output is logits:
+                self.passes = tuple(other for other in passes if other is not one)
+                return one
+        if len(passes) > 1:
+            raise RuntimeError(
+                "several forward passes were compiled since the last call, and logits are the "
+                "output of none of them; call the loss on the model's own output, or after each"
+            )
+        return passes[0] if passes else None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _on_graph(self, logits: Tensor) -> Pass | None:
+        """Breaks a compiled graph, if only where the loss is compiled without the model."""
+        for node in islice(_graph(logits), REACH):
+            if self in node.metadata:
+                found: Pass = node.metadata.pop(self)
+                return found
+        return None
+
+    def _enter(self, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if torch.compiler.is_exporting():
+            return
         features = inputs[0] if inputs else next(iter(named.values()), None)
-        recorded = torch.is_grad_enabled()
+        version = None
+        if not torch.compiler.is_compiling():
+            if torch._C._current_graph_task_id() != -1:
+                # In a backward pass: activation checkpointing runs the module once more.
+                return
+            if isinstance(features, Tensor) and not features.is_inference():
+                version = features._version
+        self.entered = features, version
+
+    def _leave(self, _: nn.Module, inputs: Any, named: Any, output: Any) -> None:
+        del inputs, named
+        if self.entered is None:
+            return
+        one = Pass(*self.entered, recorded=torch.is_grad_enabled())
+        self.entered = None
         if torch.compiler.is_compiling():
-            self.passes = (Pass(features, recorded, None),)
-        elif torch._C._current_graph_task_id() == -1:
-            # Not in a backward pass, where activation checkpointing runs the module once more.
-            reference = weakref.ref(output) if isinstance(output, Tensor) else None
-            self.passes = (*self._wanted(), Pass(features, recorded, reference))
+            kept = tuple(other for other in self.passes[-1:] if other.recorded)
+            self.passes = (*kept, one._replace(output=output))
+            return
+        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        nodes: list[Any] = [leaf.grad_fn for leaf in leaves if leaf.grad_fn is not None]
+        for node in nodes:
+            node.metadata[self] = one
+        self.passes = () if nodes else (one,)
 
-    def take(self, output: Tensor) -> Pass | None:
-        """The pass that `output` came from, or else the latest; None without any."""
-        if not self.passes:
-            return None
-        found = self.passes[-1]
-        for one in self.passes:
-            left = one.alive()
-            if left is not None and _base(left) is _base(output):
-                found = one
-        self.passes = tuple(one for one in self._wanted() if one is not found)
-        return found
 
-    def _wanted(self) -> tuple[Pass, ...]:
-        """Passes whose output somebody may still bring; it holds as much as they do."""
-        return tuple(one for one in self.passes if one.recorded and one.alive() is not None)
+class _Hook:
+    def __init__(self, call: Callable[..., None]) -> None:
+        self.call = call
+
+    def __call__(self, *arguments: Any) -> None:
+        self.call(*arguments)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies and pickles of the watched module get a hook that does nothing and needs nothing
@@ -59,5 +117,15 @@ class Watch:
         return getattr, (nullcontext(), "__exit__")
 
 
-def _base(tensor: Tensor) -> Tensor:
-    return tensor if tensor._base is None else tensor._base
+def _graph(tensor: Tensor) -> Iterator[Any]:
+    """The nodes of autograd's graph that a tensor came from, nearest first."""
+    seen: set[Any] = set()
+    nearest = [tensor.grad_fn]
+    while nearest:
+        further = []
+        for node in nearest:
+            if node is not None and node not in seen:
+                seen.add(node)
+                yield node
+                further += [other for other, _ in node.next_functions]
+        nearest = further

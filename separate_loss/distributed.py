@@ -58,6 +58,11 @@ def average_gradient(centers: Tensor, group: "ProcessGroup") -> Tensor:
     """
 
     def averaged(grad: Tensor) -> Tensor:
+        if grad.requires_grad:
+            raise RuntimeError(
+                "centers shared by several processes have no second derivatives; create the loss "
+                "with processes='each' for them"
+            )
         grad = grad / dist.get_world_size(group)
         dist.all_reduce(grad, group=group)
         return grad

@@ -1,6 +1,6 @@
 """The loss as a module with centers of its own."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +62,9 @@ class SeparateLoss(nn.Module):
             Class weights act on the loss, not on the paper's update.
         processes: whose samples move the centers, where torch.distributed is initialised.
             ``"all"``: those of all processes, or of a given ``ProcessGroup``. All then hold the
-            same centers, from the first process's on, and each must make every training call.
-            ``"each"``: each process its own.
+            same centers, from the first process's on, and each must make every training call
+            and load every checkpoint. ``"each"``: each process its own; within
+            DistributedDataParallel that needs ``broadcast_buffers=False``.
         device, dtype: of the centers; keep them in float32 or wider for small steps to count.
 
     Shape:
@@ -72,6 +73,7 @@ class SeparateLoss(nn.Module):
 
     Attributes:
         centers: (C, d), buffer or parameter; in the `state_dict` under the same name in all modes.
+            The paper's update changes them in place: clone them for a graph of your own.
         last_terms: intra- and inter-class loss of the last call, for logging; None before any.
 
     Raises:
@@ -144,14 +146,15 @@ class SeparateLoss(nn.Module):
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """The loss under the centers as they are; then, where they should, the centers move."""
-        moving = self.training and torch.is_grad_enabled() and self.center_update != "none"
-        group = group_of(self.processes) if moving else None
+        moving = self.training and torch.is_grad_enabled() and self.center_update == "paper"
+        learning = torch.is_grad_enabled() and self.centers.requires_grad
+        group = group_of(self.processes) if moving or learning else None
         centers = self.centers if group is None else self._shared(group)
         reading = read(features, target, centers, self.weight, self.ignore_index)
         intra, inter, mass = reading.intra, reading.inter, reading.batch.mass
         mean = reduce(intra, mass, None, "mean")
         self.last_terms = Terms(mean.detach(), inter.detach())
-        if moving and self.center_update == "paper":
+        if moving:
             self._move(reading, group)
         if self.reduction == "mean":
             return mean + inter
@@ -162,7 +165,7 @@ class SeparateLoss(nn.Module):
         if not self._equal:
             start_equal(self.centers, group)
             self._equal = True
-        if self.center_update == "gradient" and self.centers.requires_grad:
+        if self.centers.requires_grad:
             return average_gradient(self.centers, group)
         return self.centers
 
@@ -175,6 +178,17 @@ class SeparateLoss(nn.Module):
         move_centers_(centers, reading, self.center_lr, start=start, summed=summed)
         if centers is not self.centers:
             self.centers.copy_(centers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy shares its centers anew, as all do that are made from it."""
+        return {
+            **super().__getstate__(),  # type: ignore[no-untyped-call]
+            "_equal": False,
+        }
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._equal = False
+        super()._load_from_state_dict(*arguments)
 
     def extra_repr(self) -> str:
         """The arguments as they are in force, for `repr`."""

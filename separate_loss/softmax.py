@@ -14,9 +14,10 @@ from separate_loss._checks import (
     check_batch,
     check_entered,
     check_rate,
+    check_vectors,
     split_ignored,
 )
-from separate_loss._watch import Watch
+from separate_loss._watch import Pass, Watch
 from separate_loss.modules import SeparateLoss
 
 if TYPE_CHECKING:
@@ -123,10 +124,8 @@ class SoftmaxSeparateLoss(nn.Module):
             processes=processes,
             dtype=dtype,
         )
-        if num_classes is None:
-            num_classes = getattr(head, "out_features", None)
-        if feature_dim is None:
-            feature_dim = getattr(head, "in_features", None)
+        num_classes = _told("num_classes", num_classes, head, "out_features")
+        feature_dim = _told("feature_dim", feature_dim, head, "in_features")
         self._sizes = num_classes, feature_dim
         self._device = device
         if num_classes is not None and feature_dim is not None:
@@ -136,17 +135,31 @@ class SoftmaxSeparateLoss(nn.Module):
                 "num_classes and feature_dim must be given for center_update='gradient', as head "
                 f"does not tell them, got head {type(head).__name__}"
             )
+        else:
+            # Refuses now what needs no sizes to be refused.
+            SeparateLoss(
+                2 if num_classes is None else num_classes,
+                1 if feature_dim is None else feature_dim,
+                center_update=center_update,
+                center_lr=center_lr,
+                center_init=center_init if isinstance(center_init, str) else None,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                processes=processes,
+                device="meta",
+            )
         self._watch: Watch | None = None
         self._unwatch: weakref.finalize[Any, Any] | None = None
         self.watch(head)
 
     def watch(self, head: nn.Module) -> None:
         """Watches `head` in place of any other; a copied or unpickled loss needs it once."""
+        if not isinstance(head, nn.Module):
+            raise TypeError(f"head must be a torch.nn.Module, got {type(head).__name__}")
         self.unwatch()
         self._watch = Watch()
-        handle = head.register_forward_hook(self._watch, with_kwargs=True)
-        # The hook goes with the loss, not with the head.
-        self._unwatch = weakref.finalize(self, handle.remove)
+        # The hooks go with the loss, not with the head.
+        self._unwatch = weakref.finalize(self, self._watch.on(head))
 
     def unwatch(self) -> None:
         """Leaves the head as it was before; the loss cannot be called until `watch`."""
@@ -157,33 +170,39 @@ class SoftmaxSeparateLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of logits that come from a forward pass of the watched head.
 
-        Of several passes it is the one whose output `logits` are, or a view of it; else the latest.
+        They may be the head's output or anything computed from it, sample by sample in the same
+        order, also after further passes.
         """
-        features = self._take_features(logits)
+        check_vectors("logits", logits)
+        entered = self._take(logits)
+        features = entered.features
         num_classes = self._sizes[0] or logits.shape[-1]
         check_batch(logits, target, num_classes, name="logits")
-        check_entered(features, logits, num_classes, self._sizes[1] or features.shape[-1])
+        check_entered(features, logits, num_classes, self._sizes[1])
         if "separate" not in self._modules:
-            self._complete(num_classes, features.shape[-1], self._device or features.device)
+            device = features.device if self._device is None else self._device
+            self._complete(num_classes, features.shape[-1], device)
         separate = self.separate
         softmax = _softmax_loss(logits, target, separate, self.label_smoothing)
         # Last, so that bad input has left the centers where they were.
-        loss: Tensor = separate(
-            features.reshape(*logits.shape[:-1], separate.feature_dim),
-            _smooth(target, separate, self.label_smoothing),
-        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and entered.recorded):
+            loss: Tensor = separate(
+                features.reshape(*logits.shape[:-1], separate.feature_dim),
+                _smooth(target, separate, self.label_smoothing),
+            )
         if separate.last_terms is not None:
             self.last_terms = SoftmaxSeparateTerms(softmax.detach().mean(), *separate.last_terms)
         return softmax.reshape(loss.shape) + self.separate_weight * loss
 
-    def _take_features(self, logits: Tensor) -> Tensor:
+    def _take(self, logits: Tensor) -> Pass:
         if self._watch is None:
             raise RuntimeError("this loss watches no head; call watch(head) first")
         entered = self._watch.take(logits)
         if entered is None:
             raise RuntimeError(
-                "the watched head has had no forward pass since the last call; run the model once "
-                "before each call, and create the loss before a compiled model first runs"
+                "the watched head has had no forward pass since the last call that these logits "
+                "came from; run the model once before each call, and create the loss before a "
+                "compiled model first runs"
             )
         if not entered.recorded and torch.is_grad_enabled() and logits.requires_grad:
             raise RuntimeError(
@@ -191,13 +210,20 @@ class SoftmaxSeparateLoss(nn.Module):
                 "features; run the model with gradients on, and use_reentrant=False in "
                 "torch.utils.checkpoint"
             )
-        features: Tensor = entered.features
-        return features
+        if entered.version is not None and entered.features._version != entered.version:
+            raise RuntimeError(
+                "the head's input was changed in place after it had entered the head; use "
+                "operators that are not in place, as torch.nn.ReLU(inplace=False)"
+            )
+        return entered
 
     def _complete(
         self, num_classes: int, feature_dim: int, device: torch.device | str | int | None
     ) -> None:
-        self.separate = self._build(num_classes, feature_dim, device=device)
+        # A first batch in inference mode must not make centers that cannot be trained.
+        with torch.inference_mode(False):
+            self.separate = self._build(num_classes, feature_dim, device=device)
+        del self._build  # It holds starting values and class weights.
         self.separate.train(self.training)
         self._sizes = num_classes, feature_dim
 
@@ -209,13 +235,17 @@ class SoftmaxSeparateLoss(nn.Module):
             self._complete(
                 num_classes or centers.shape[0],
                 feature_dim or centers.shape[1],
-                self._device or centers.device,
+                centers.device if self._device is None else self._device,
             )
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the watch: a copy watches no head."""
-        return {**vars(self), "_watch": None, "_unwatch": None}
+        return {
+            **super().__getstate__(),  # type: ignore[no-untyped-call]
+            "_watch": None,
+            "_unwatch": None,
+        }
 
     def extra_repr(self) -> str:
         """The arguments as they are in force, for `repr`."""
@@ -223,6 +253,14 @@ class SoftmaxSeparateLoss(nn.Module):
             f"separate_weight={self.separate_weight}, label_smoothing={self.label_smoothing}, "
             f"watching={self._watch is not None}"
         )
+
+
+def _told(name: str, value: int | None, head: nn.Module, attribute: str) -> int | None:
+    """A size as the argument or the head tells it; a lazy head tells 0, and so nothing."""
+    told = getattr(head, attribute, None) or None
+    if value is not None and isinstance(told, int) and told != value:
+        raise ValueError(f"{name} must be {told}, the head's {attribute}, or None, got {value}")
+    return told if value is None else value
 
 
 def _softmax_loss(

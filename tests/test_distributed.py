@@ -104,6 +104,48 @@ def test_many_processes_follow_one(size: int, way: str) -> None:
         assert torch.equal(part["centers"], parts[0]["centers"])
 
 
+def learn_in_eval(rank: int, _: int) -> tuple[Tensor, str]:
+    """Centers that an optimizer moves while the loss is in evaluation mode, as in a frozen part."""
+    criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_update="gradient").eval()
+    optimizer = torch.optim.SGD(criterion.parameters(), lr=1.0)
+    torch.manual_seed(rank)
+    for _ in range(3):
+        features, target = torch.randn(8, FEATURE_DIM), torch.arange(8) % NUM_CLASSES
+        optimizer.zero_grad()
+        criterion(features, target).backward()
+        optimizer.step()
+    loss = criterion(features, target)
+    with pytest.raises(RuntimeError) as error:
+        torch.autograd.grad(loss, criterion.centers, create_graph=True)
+    return criterion.centers.detach(), str(error.value)
+
+
+def test_learned_centers_stay_equal_in_every_mode() -> None:
+    (one, message), (other, _) = run_in(2, learn_in_eval)
+    assert torch.equal(one, other)
+    assert "no second derivatives" in message
+
+
+def load_and_copy(rank: int, _: int) -> list[Tensor]:
+    """Different checkpoints, and a copy, after the first step."""
+    criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM)
+    batch = torch.randn(8, FEATURE_DIM, requires_grad=True), torch.arange(8) % NUM_CLASSES
+    criterion(*batch)
+    torch.manual_seed(rank)
+    criterion.load_state_dict({"centers": torch.randn(NUM_CLASSES, FEATURE_DIM)})
+    twin = copy.deepcopy(criterion)
+    results = []
+    for each in (criterion, twin):
+        each(*batch)
+        results.append(each.centers)
+    return results
+
+
+def test_all_are_equal_again_after_loading() -> None:
+    for one, other in zip(*run_in(2, load_and_copy), strict=True):
+        assert torch.equal(one, other)
+
+
 SHARES = {2: [5, 0], 3: [5, 3, 0]}
 
 

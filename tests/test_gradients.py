@@ -193,3 +193,14 @@ def test_gradient_of_part_of_the_terms(features: Tensor, centers: Tensor) -> Non
     (intra,) = torch.autograd.grad(F.intra_class_loss(features, target, centers), centers)
     (inter,) = torch.autograd.grad(F.inter_class_loss(centers), centers)
     torch.testing.assert_close(whole, intra + inter)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_batched_gradients_of_many_centers() -> None:
+    """Also where the centers are worked on in blocks."""
+    features, target = torch.randn(3, 256, requires_grad=True), torch.arange(3)
+    centers = torch.randn(4100, 256, requires_grad=True)
+    loss = separate_loss(features, target, centers)
+    (expected,) = torch.autograd.grad(loss, centers, retain_graph=True)
+    (batched,) = torch.autograd.grad(loss, centers, torch.tensor([1.0, 2.0]), is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack([expected, expected * 2]))

@@ -136,3 +136,16 @@ def test_training_goes_on_after_a_broken_batch(center_init: str) -> None:
         loss = criterion(features.requires_grad_(), torch.arange(9) % 3)
         assert loss.isfinite() == (step % 3 != 0 and step != 4)
         assert criterion.centers.isfinite().all()
+
+
+@pytest.mark.parametrize("num_samples", [8, 800])
+def test_centers_of_tiny_norm_that_all_agree(num_samples: int) -> None:
+    """Their push is largest: beside fewer samples than classes it once overflowed."""
+    torch.manual_seed(0)
+    start = torch.zeros(400, 4)
+    start[:, 0] = 1e-18
+    criterion = SeparateLoss(400, 4, center_init=start)
+    for _ in range(3):
+        features = torch.randn(num_samples, 4, requires_grad=True)
+        assert criterion(features, torch.arange(num_samples) % 400).isfinite()
+        assert criterion.centers.isfinite().all()

@@ -224,8 +224,9 @@ def test_two_passes_before_two_calls_do_not_mix() -> None:
     ways: list[Callable[[Tensor], Tensor]] = [
         lambda out: out,
         lambda out: out.view(2, 3, NUM_CLASSES).flatten(0, 1),
+        lambda out: out.double().float().clone(),
     ]
-    for reshape in ways:
+    for way in ways:
         outputs = [model(view) for view in views]
         with torch.no_grad():
             model(images())  # A look at something else, whose output is dropped.
@@ -234,7 +235,88 @@ def test_two_passes_before_two_calls_do_not_mix() -> None:
             expected = F.cross_entropy(output, labels()) + 0.9 * separate_loss(
                 features, labels(), criterion.separate.centers
             )
-            torch.testing.assert_close(criterion(reshape(output), labels()), expected)
+            torch.testing.assert_close(criterion(way(output), labels()), expected)
+
+
+def test_two_compiled_passes_before_two_calls_do_not_mix() -> None:
+    torch._dynamo.reset()
+    model = perceptron()
+    criterion = SoftmaxSeparateLoss(model[-1], center_init="sphere", center_lr=0.0)
+    compiled = torch.compile(model, fullgraph=True)
+    views = images(), images()
+    expected = [criterion(model(view), labels()) for view in views]
+
+    def both(*views: Tensor) -> list[Tensor]:
+        outputs = [model(view) for view in views]
+        return [criterion(output, labels()) for output in outputs]
+
+    outputs = [compiled(view) for view in views]
+    losses = [criterion(output, labels()) for output in outputs]
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(torch.compile(both, fullgraph=True)(*views), expected)
+    outputs = [compiled(view) for view in views]
+    with pytest.raises(RuntimeError, match="several forward passes were compiled"):
+        criterion(outputs[0] * 2, labels())
+
+
+class ToDictionary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, NUM_CLASSES)
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.layer(features)}
+
+
+def test_a_head_that_returns_more_than_logits() -> None:
+    head = ToDictionary()
+    batches = torch.randn(2, 6, 16)
+    criterion = SoftmaxSeparateLoss(head, center_init="sphere", center_lr=0.0)
+    expected = [criterion(head(batch)["logits"], labels()) for batch in batches]
+    outputs = [head(batch)["logits"] for batch in batches]
+    losses = [criterion(output, labels()) for output in outputs]
+    torch.testing.assert_close(losses, expected)
+
+
+def test_logits_of_another_model_are_refused() -> None:
+    model = perceptron()
+    teacher = copy.deepcopy(model)
+    criterion = SoftmaxSeparateLoss(model[-1])
+    batch = images()
+    student = model(batch)
+    with pytest.raises(RuntimeError, match="no forward pass since the last call that these logits"):
+        criterion(teacher(batch), labels())
+    assert criterion(student, labels()).isfinite()
+
+
+def test_logits_in_another_order_are_refused() -> None:
+    head = nn.Linear(16, NUM_CLASSES)
+    criterion = SoftmaxSeparateLoss(head)
+    logits = head(torch.randn(5, 2, 16)).transpose(0, 1)
+    with pytest.raises(ValueError, match="in the same order"):
+        criterion(logits, torch.zeros(2, 5, dtype=torch.long))
+
+
+def test_features_changed_in_place_are_refused() -> None:
+    heads = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(16, NUM_CLASSES)), nn.Linear(16, 5)
+    for head in heads:
+        criterion = SoftmaxSeparateLoss(head, num_classes=NUM_CLASSES, feature_dim=16)
+        features = torch.randn(6, 16, requires_grad=True) * 1
+        with torch.no_grad():
+            logits = head(features)
+            features.relu_()
+        with pytest.raises(RuntimeError, match="changed in place"):
+            criterion(logits, labels())
+
+
+def test_centers_stay_where_only_the_model_ran_without_gradients() -> None:
+    model = perceptron()
+    criterion = SoftmaxSeparateLoss(model[-1], center_init="sphere")
+    before = criterion.separate.centers.clone()
+    with torch.no_grad():
+        logits = model(images())
+    criterion(logits, labels())
+    assert torch.equal(criterion.separate.centers, before)
 
 
 def test_what_nobody_asked_for_is_let_go() -> None:
@@ -246,6 +328,9 @@ def test_what_nobody_asked_for_is_let_go() -> None:
     with torch.no_grad():
         kept = [model(images()) for _ in range(5)]
     assert [reference() is None for reference in seen] == [True] * 4 + [False]
+    model(images())
+    gc.collect()
+    assert all(reference() is None for reference in seen)
     criterion(model(images()), labels()).backward()
     assert all(reference() is None for reference in seen)
     assert len(kept) == 5
@@ -296,9 +381,37 @@ def test_sizes_from_the_first_batch_or_a_checkpoint() -> None:
     resumed.load_state_dict(criterion.state_dict())
     logits = head(features=batch)
     assert torch.equal(resumed(logits, labels()), known(logits, labels()))
-    head(features=batch)
+    logits = head(features=batch)[:, :4]
     with pytest.raises(ValueError, match=r"logits must have 5 values .* got shape \(6, 4\)"):
-        resumed(torch.randn(6, 4), labels())
+        resumed(logits, labels())
+
+
+def test_a_first_batch_in_inference_mode_leaves_centers_that_can_move() -> None:
+    head = Named()
+    criterion = SoftmaxSeparateLoss(head)
+    with torch.inference_mode():
+        criterion(head(features=torch.randn(6, 16)), labels())
+    before = criterion.separate.centers.clone()
+    criterion(head(features=torch.randn(6, 16)), labels()).backward()
+    assert not torch.equal(criterion.separate.centers, before)
+
+
+def test_lazy_heads() -> None:
+    head = nn.LazyLinear(NUM_CLASSES)
+    criterion = SoftmaxSeparateLoss(head)
+    assert criterion(head(torch.randn(6, 16)), labels()).isfinite()
+    assert criterion.separate.feature_dim == 16
+
+
+def test_a_compiled_loss_can_be_copied() -> None:
+    torch._dynamo.reset()
+    model = perceptron()
+    criterion = SoftmaxSeparateLoss(model[-1])
+    criterion.compile()
+    criterion(model(images()), labels())
+    assert torch.equal(
+        pickle.loads(pickle.dumps(criterion)).separate.centers, criterion.separate.centers
+    )
 
 
 def test_centers_to_learn_need_their_sizes_at_once() -> None:
@@ -462,9 +575,10 @@ def test_bad_calls(logits_shape: Any, target: Tensor, error: Any, message: str) 
     model = perceptron()
     criterion = SoftmaxSeparateLoss(model[-1], center_init="sphere")
     before = criterion.separate.centers.clone()
-    model(images())
+    samples, classes = logits_shape
+    logits = model(images())[:samples, :classes]
     with pytest.raises(error, match=message):
-        criterion(torch.randn(logits_shape), target)
+        criterion(logits, target)
     assert torch.equal(criterion.separate.centers, before)
 
 
@@ -472,9 +586,13 @@ def test_bad_calls(logits_shape: Any, target: Tensor, error: Any, message: str) 
     ("options", "error", "message"),
     [
         ({"head": "fc"}, TypeError, "head must be a torch.nn.Module, got str"),
+        ({"num_classes": 4}, ValueError, "num_classes must be 5, the head's out_features, or None"),
+        ({"feature_dim": 4}, ValueError, "feature_dim must be 16, the head's in_features, or None"),
+        ({"head": Named(), "reduction": "some"}, ValueError, "reduction must be one of"),
+        ({"head": Named(), "center_lr": -1.0}, ValueError, "center_lr must be finite"),
         ({"separate_weight": -1.0}, ValueError, "separate_weight must be finite and not negative"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
-        ({"num_classes": 1}, ValueError, "num_classes must be at least 2"),
+        ({"head": Named(), "num_classes": 1}, ValueError, "num_classes must be at least 2"),
         ({"center_update": "sgd"}, ValueError, "center_update must be one of"),
         ({"weight": [1.0] * 5}, TypeError, "weight must be a tensor, got list"),
     ],

@@ -71,7 +71,7 @@ def _along(vector: Tensor, centers: Tensor, norms: Tensor) -> Tensor:
 def _project_one(vector: Tensor, centers: Tensor, norms: Tensor) -> Tensor:
     """`_project` of one vector (d,) at every center, written once."""
     blocks = _blocks(centers, norms)
-    if torch.is_grad_enabled() or len(blocks) == 1:
+    if torch.is_grad_enabled() or len(blocks) == 1 or not can_read(vector):
         along = _along(vector, centers, norms).unsqueeze(-1)
         return torch.addcmul(vector, centers, along, value=-1).div_(norms.unsqueeze(-1))
     projected = torch.empty_like(centers)
@@ -307,7 +307,7 @@ def push_apart_(centers: Tensor, norms: Tensor, total: Tensor, rate: float) -> N
     # Last, as a large rate beside large norms would overflow on the way.
     rate /= _pairs(centers)
     for block, norm in _blocks(centers, norms):
-        scale = (_along(total, block, norm) / norm * rate + 1).unsqueeze(-1)
+        scale = (_along(total, block, norm) * rate / norm + 1).unsqueeze(-1)
         block.mul_(scale).addcmul_(total, norm.reciprocal().unsqueeze(-1), value=-rate)
 
 
@@ -362,8 +362,8 @@ def class_sums(
 ) -> tuple[Tensor, Tensor]:
     """What Eq. 6 needs of a batch: of each class the sum of directions (C, d) and the count (C,).
 
-    Arguments as in `pull_by_index_`; the target may be class probabilities (N, C), of which those
-    that are not finite count as 0.
+    Arguments as in `pull_by_index_`; the target may be class probabilities (N, C). A class with a
+    share that is not finite has no sum and no count.
     """
     if counted is None:
         counted = units.new_ones(units.shape[0])
