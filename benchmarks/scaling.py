@@ -64,20 +64,36 @@ def table(header: str, rows: list[list[str]]) -> None:
     print()
 
 
+def centers_time(num_classes: int, gpus: int, passes: int) -> float:
+    """Seconds to read and write a GPU's centers."""
+    return passes * ceil(num_classes / gpus) * FEATURE_DIM * FLOAT / MEMORY_SPEED
+
+
+def message_time(gpus: int) -> float:
+    """Seconds in which a GPU's messages leave, apart from their bytes."""
+    return sum(one.messages(gpus) for one in sent(SAMPLES, FEATURE_DIM, gpus)) * MESSAGE_TIME
+
+
 def step(num_classes: int, gpus: int) -> list[str]:
     """Memory and time per GPU."""
-    shard = ceil(num_classes / gpus) * FEATURE_DIM * FLOAT
-    collectives = sent(SAMPLES, FEATURE_DIM, gpus)
-    eager, fused = (passes * shard / MEMORY_SPEED for passes in (PASSES_EAGER, PASSES_FUSED))
-    moving = sum(one.bytes_out(gpus) for one in collectives) / LINK_SPEED.get(gpus, NETWORK_SPEED)
-    waiting = sum(one.messages(gpus) for one in collectives) * MESSAGE_TIME
-    times = (eager, fused, moving, waiting)
-    return [
-        f"{num_classes:.0e}",
-        str(gpus),
-        f"{shard / 1e9:.3g}",
-        *(f"{1e3 * t:.3g}" for t in times),
-    ]
+    size = ceil(num_classes / gpus) * FEATURE_DIM * FLOAT
+    moved = sum(one.bytes_out(gpus) for one in sent(SAMPLES, FEATURE_DIM, gpus))
+    times = (
+        centers_time(num_classes, gpus, PASSES_EAGER),
+        centers_time(num_classes, gpus, PASSES_FUSED),
+        moved / LINK_SPEED.get(gpus, NETWORK_SPEED),
+        message_time(gpus),
+    )
+    milliseconds = (f"{1e3 * seconds:.3g}" for seconds in times)
+    return [f"{num_classes:.0e}", str(gpus), f"{size / 1e9:.3g}", *milliseconds]
+
+
+def most_gpus(num_classes: int, passes: int) -> int:
+    """The last count of GPUs at which the centers take longer than the messages."""
+    gpus = 1
+    while centers_time(num_classes, gpus + 1, passes) > message_time(gpus + 1):
+        gpus += 1
+    return gpus
 
 
 def traffic(gpus: int) -> list[str]:
@@ -108,8 +124,16 @@ def main() -> None:
     )
     print("GB of centers and ms of a step on each GPU:\n")
     table(
-        "classes | GPUs | GB | memory, eager | memory, fused | bytes on the link | messages",
+        "classes | GPUs | GB | centers, eager | centers, fused | bytes sent | messages",
         [step(count, gpus) for count in CLASS_COUNTS for gpus in GPU_COUNTS],
+    )
+    print("GPUs up to which centers take longer than messages:\n")
+    table(
+        "classes | eager | fused",
+        [
+            [f"{count:.0e}", *(str(most_gpus(count, n)) for n in (PASSES_EAGER, PASSES_FUSED))]
+            for count in CLASS_COUNTS
+        ],
     )
 
 

@@ -99,14 +99,15 @@ class ShardedSeparateLoss(nn.Module):
         self.reduction: Reduction = reduction
         self.last_terms: Terms | None = None
 
-        rank = mesh.get_local_rank()
-        rows = _rows_each(num_classes, mesh)
-        own = slice(min(rank * rows, num_classes), min((rank + 1) * rows, num_classes))
+        # As `Shard` deals rows: equally many to all but the last processes.
+        self._rows_each = -(-num_classes // mesh.size())
+        self._first_row = min(mesh.get_local_rank() * self._rows_each, num_classes)
+        own = slice(self._first_row, min(self._first_row + self._rows_each, num_classes))
         shard = torch.empty(own.stop - own.start, feature_dim, device=device, dtype=dtype)
         generator = None
         if self.center_init not in ("features", "tensor"):
             # Processes with equal seeds must not draw equal rows.
-            seed = int(torch.randint(2**62, ())) + rank
+            seed = int(torch.randint(2**62, ())) + mesh.get_local_rank()
             generator = torch.Generator(device).manual_seed(seed)
         fill(shard, center_init if isinstance(center_init, str) else center_init[own], generator)
         centers = DTensor.from_local(
@@ -130,15 +131,16 @@ class ShardedSeparateLoss(nn.Module):
         batch = read_batch(features, target, shard, None, self.ignore_index, self.num_classes)
         norms, total = ops.norms_and_total(batch.centers)
 
-        # Sorted, so that the classes of one shard stand together.
+        # Each class travels once, and in order, so that those of one shard stand together.
         classes, of_sample = batch.target.unique(return_inverse=True)
         exchange = self._exchange(classes)
-        index = exchange.to_owners(classes) - self._first_row()
+        index = exchange.to_owners(classes) - self._first_row
         rows = batch.centers.index_select(0, index) / norms.index_select(0, index).unsqueeze(-1)
         units, _ = ops.unit(batch.features)
         cosines = (units * exchange.from_owners(rows).index_select(0, of_sample)).sum(-1)
         cosines = ops.within(cosines, -1, 1)
 
+        # Eq. 3 and the batch's size need every process.
         with torch.no_grad():
             kept, _, counted = finite(units, cosines, batch.counted)
             sums, count = ops.class_sums(kept, of_sample, counted, len(classes))
@@ -152,8 +154,10 @@ class ShardedSeparateLoss(nn.Module):
         mean = reduce(intra, batch.mass, None, "mean")
         self.last_terms = Terms(mean.detach(), inter)
         if self.training and torch.is_grad_enabled():
+            # Of a class here, the sums of all processes' samples.
             packed = exchange.to_owners(torch.cat([sums, count.unsqueeze(-1)], dim=-1))
             sums, count = packed[:, :-1], packed[:, -1]
+            # The shard itself, or a copy of it in the type that was computed in.
             centers = batch.centers
             ops.push_apart_(centers, norms, total, self.center_lr, self.num_classes)
             ops.pull_by_index_(
@@ -173,13 +177,10 @@ class ShardedSeparateLoss(nn.Module):
         loss = reduce(intra, batch.mass, inter, self.reduction)
         return loss.reshape(features.shape[:-1]) if self.reduction == "none" else loss
 
-    def _first_row(self) -> int:
-        mesh = self.centers.device_mesh
-        return mesh.get_local_rank() * _rows_each(self.num_classes, mesh)
-
     def _exchange(self, classes: Tensor) -> "_Exchange":
+        """From the classes of the own samples, in order."""
         mesh = self.centers.device_mesh
-        owners = classes // _rows_each(self.num_classes, mesh)
+        owners = classes // self._rows_each
         sent = owners.bincount(minlength=mesh.size())
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=mesh.get_group())
@@ -213,8 +214,3 @@ class _Exchange(NamedTuple):
         arrived = rows.new_empty(sum(received), *rows.shape[1:])
         dist.all_to_all_single(arrived, rows, received, sent, group=self.group)
         return arrived
-
-
-def _rows_each(num_classes: int, mesh: DeviceMesh) -> int:
-    """The rows of every shard but the last ones, as `Shard` deals them."""
-    return -(-num_classes // mesh.size())

@@ -157,8 +157,8 @@ def other_ways(rank: int) -> dict[str, Any]:
             whole = SeparateLoss(7, FEATURE_DIM, **options).train(training)
             losses = sharded(features, target), whole(features, target)
             centers = sharded.centers.full_tensor(), whole.centers
-            terms = sharded.last_terms, whole.last_terms
-            pairs[f"{reduction}, {training}"] = list(zip(losses, centers, terms, strict=True))
+            terms = [tuple(one.last_terms or ()) for one in (sharded, whole)]
+            pairs[f"{reduction}, {training}"] = [losses, centers, terms]
     return pairs
 
 
@@ -223,7 +223,8 @@ def results() -> Iterator[dict[int, list[dict[str, Any]]]]:
         by_size: dict[int, Any] = {size: run_in(size, run) for size in (3, 2)}
         alone = SeparateLoss(7, FEATURE_DIM)
         state = {"criterion": alone.state_dict()}
-        state_dict_loader.load(state, checkpoint_id=folder, no_dist=True)
+        with pytest.warns(UserWarning, match="assuming the intent is to load in a single process"):
+            state_dict_loader.load(state, checkpoint_id=folder)
         alone.load_state_dict(state["criterion"])
         yield {**by_size, 1: [{"saved by 3": alone.centers}]}
 
