@@ -85,7 +85,7 @@ def step(num_classes: int, gpus: int) -> list[str]:
         message_time(gpus),
     )
     milliseconds = (f"{1e3 * seconds:.3g}" for seconds in times)
-    return [f"{num_classes:.0e}", str(gpus), f"{size / 1e9:.3g}", *milliseconds]
+    return [f"{num_classes:,}", str(gpus), f"{size / 1e9:.3g}", *milliseconds]
 
 
 def most_gpus(num_classes: int, passes: int) -> int:
@@ -104,7 +104,7 @@ def traffic(gpus: int) -> list[str]:
     gathered = 2 * (gpus - 1) * SAMPLES * FEATURE_DIM * FLOAT
     whole = [2 * (gpus - 1) / gpus * count * (FEATURE_DIM + 1) * FLOAT for count in CLASS_COUNTS]
     worst = gpus * SAMPLES * (FEATURE_DIM + 1) * FLOAT
-    figures = [f"{size / 1e6:.4g}" for size in (sharded, gathered, *whole, worst)]
+    figures = [f"{size / 1e6:,.1f}" for size in (sharded, gathered, *whole, worst)]
     return [str(gpus), str(sum(one.messages(gpus) for one in collectives)), *figures]
 
 
@@ -116,10 +116,10 @@ def main() -> None:
         for i, one in enumerate(sent(SAMPLES, FEATURE_DIM, 1))
     ]
     table("what | operator | " + " | ".join(f"{k} GPUs" for k in GPU_COUNTS), rows)
-    print("Messages and MB that leave a GPU in a step, the same for any class count but *:\n")
+    print("Messages and MB that leave a GPU in a step:\n")
     table(
-        "GPUs | messages | MB | gathering the batch | unsharded, 1e7* | unsharded, 1e8* "
-        "| most that can arrive",
+        "GPUs | messages | MB | MB, batch to all | MB, sums of 10^7 classes | MB, of 10^8 "
+        "| most MB that can arrive",
         [traffic(gpus) for gpus in GPU_COUNTS],
     )
     print("GB of centers and ms of a step on each GPU:\n")
@@ -131,7 +131,7 @@ def main() -> None:
     table(
         "classes | eager | fused",
         [
-            [f"{count:.0e}", *(str(most_gpus(count, n)) for n in (PASSES_EAGER, PASSES_FUSED))]
+            [f"{count:,}", *(str(most_gpus(count, n)) for n in (PASSES_EAGER, PASSES_FUSED))]
             for count in CLASS_COUNTS
         ],
     )

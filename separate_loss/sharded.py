@@ -33,8 +33,9 @@ class ShardedSeparateLoss(nn.Module):
     meet their centers by messages that hold at most a row per sample, so that no message and no
     process holds C x d values. docs/scaling.md counts them.
 
-    Every process must make every call, in training and in evaluation, if with an empty batch. Keep
-    the module out of `DistributedDataParallel`, which would make its buffers equal.
+    Every process must make every call, in training and in evaluation: one without samples calls
+    with an empty batch. Keep the module out of `DistributedDataParallel`, which would make its
+    buffers equal.
 
     Args:
         num_classes, feature_dim: as in :class:`separate_loss.SeparateLoss`.

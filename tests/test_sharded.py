@@ -3,6 +3,7 @@
 import functools
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from benchmarks.scaling import sent
+from benchmarks import scaling
 from separate_loss import SeparateLoss
 from separate_loss.functional import separate_loss
 from separate_loss.sharded import ShardedSeparateLoss
@@ -250,7 +251,7 @@ def test_a_model_learns_the_same(results: Any, size: int) -> None:
 def test_what_travels_is_what_the_page_counts(results: Any, size: int) -> None:
     for part in results[size]:
         collectives, largest = part["watch"]
-        expected = [(one.name, one.size) for one in sent(5 * size, FEATURE_DIM, size)]
+        expected = [(one.name, one.size) for one in scaling.sent(5 * size, FEATURE_DIM, size)]
         assert sorted(collectives) == sorted(expected)
         assert largest <= 300 * FEATURE_DIM
 
@@ -292,6 +293,13 @@ def test_bad_input_is_refused(results: Any, size: int) -> None:
     for part in results[size]:
         for message, expected in zip(part["refuse"], EXPECTED, strict=True):
             assert message.startswith(expected)
+
+
+def test_the_page_holds_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    scaling.main()
+    page = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text()
+    for table in capsys.readouterr().out.strip().split("\n\n"):
+        assert table in page
 
 
 def test_processes_must_have_met() -> None:
