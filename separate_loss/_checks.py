@@ -63,6 +63,25 @@ def check_centers(name: str, value: Tensor) -> None:
         )
 
 
+def check_center_init(
+    value: CenterInit | Tensor, shape: tuple[int, int], center_update: str
+) -> None:
+    """Where centers can start under an update: a way to draw them, or finite values for them."""
+    if not isinstance(value, Tensor):
+        check_choice("center_init", value, CenterInit)
+        if value == "features" and center_update != "paper":
+            raise ValueError(
+                "center_init='features' needs center_update='paper', which starts the centers, "
+                f"got center_update={center_update!r}"
+            )
+        return
+    check_centers("center_init", value)
+    if value.shape != shape:
+        raise ValueError(f"center_init must have shape {shape}, got {tuple(value.shape)}")
+    if not bool(value.isfinite().all()):
+        raise ValueError("center_init must hold finite values, got NaN or infinity")
+
+
 def check_batch(
     features: Tensor, target: Tensor, num_classes: int, *, name: str = "features"
 ) -> None:

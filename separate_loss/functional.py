@@ -114,7 +114,7 @@ def intra_class_loss(
     else:
         rows, _ = ops.unit(batch.centers.index_select(0, batch.target))
         cosines = ops.within((units * rows).sum(-1), -1, 1)
-    loss = reduce(_intra(batch, cosines), batch.mass, None, reduction)
+    loss = reduce(intra_terms(batch, cosines), batch.mass, None, reduction)
     return loss.reshape(features.shape[:-1]) if reduction == "none" else loss
 
 
@@ -280,11 +280,19 @@ class Reading(NamedTuple):
 
 
 def read_batch(
-    features: Tensor, target: Tensor, centers: Tensor, weight: Tensor | None, ignore_index: int
+    features: Tensor,
+    target: Tensor,
+    centers: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    num_classes: int | None = None,
 ) -> Batch:
+    """Checks and brings together; `num_classes` where the centers are a part of them."""
     check_int("ignore_index", ignore_index)
-    check_centers("centers", centers)
-    num_classes, feature_dim = centers.shape
+    if num_classes is None:
+        check_centers("centers", centers)
+        num_classes = centers.shape[0]
+    feature_dim = centers.shape[1]
     check_batch(features, target, num_classes)
     check_beside_centers(features, centers, weight)
 
@@ -320,7 +328,8 @@ def read(
         cosines, inter, total, units, directions, _, norms = ops.compare(
             batch.features, batch.centers, batch.target
         )
-    return Reading(batch, _intra(batch, cosines), inter, units, directions, cosines, norms, total)
+    intra = intra_terms(batch, cosines)
+    return Reading(batch, intra, inter, units, directions, cosines, norms, total)
 
 
 def reduce(
@@ -357,7 +366,7 @@ def move_centers_(
     is for a batch of which other processes read the rest.
     """
     target, norms, total = reading.batch.target, reading.norms, reading.total
-    units, cosines, counted = _finite(reading)
+    units, cosines, counted = finite(reading.units, reading.cosines, reading.batch.counted)
     if summed or target.is_floating_point() or ops.fewer_classes(centers, target):
         sums, count = ops.class_sums(units, target, counted, norms.shape[0])
         if summed:
@@ -378,17 +387,19 @@ def move_centers_(
     )
 
 
-def _finite(reading: Reading) -> tuple[Tensor, Tensor, Tensor | None]:
+def finite(
+    units: Tensor, cosines: Tensor, counted: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Directions, cosines and counts without the samples that are not finite."""
-    units, cosines, counted = reading.units, reading.cosines, reading.batch.counted
     if can_read(cosines) and math.isfinite(float(cosines.detach().sum())):
         return units, cosines, counted
-    finite = cosines.isfinite()
-    counted = finite.to(units.dtype) if counted is None else counted.where(finite, 0)
-    return units.where(finite.unsqueeze(-1), 0), cosines.where(finite, 0), counted
+    kept = cosines.isfinite()
+    counted = kept.to(units.dtype) if counted is None else counted.where(kept, 0)
+    return units.where(kept.unsqueeze(-1), 0), cosines.where(kept, 0), counted
 
 
-def _intra(batch: Batch, cosines: Tensor) -> Tensor:
+def intra_terms(batch: Batch, cosines: Tensor) -> Tensor:
+    """The summands of Eq. 2 times mass."""
     if batch.target.is_floating_point() and batch.mass is not None:
         return ops.within((batch.mass - cosines) / 2, 0, batch.mass)
     intra = torch.rsub(cosines, 0.5, alpha=0.5)

@@ -9,7 +9,7 @@ from separate_loss._checks import (
     CenterInit,
     CenterUpdate,
     Reduction,
-    check_centers,
+    check_center_init,
     check_choice,
     check_int,
     check_rate,
@@ -124,6 +124,7 @@ class SeparateLoss(nn.Module):
             check_weight(weight, num_classes)
         if center_init is None:
             center_init = "features" if center_update == "paper" else "sphere"
+        check_center_init(center_init, (num_classes, feature_dim), center_update)
 
         self.num_classes = num_classes
         self.feature_dim = feature_dim
@@ -137,7 +138,7 @@ class SeparateLoss(nn.Module):
         self.last_terms: Terms | None = None
 
         centers = torch.empty(num_classes, feature_dim, device=device, dtype=dtype)
-        _start(centers, center_init, center_update)
+        fill(centers, center_init)
         if center_update == "gradient":
             self.centers = nn.Parameter(centers)
         else:
@@ -210,31 +211,20 @@ class SeparateLoss(nn.Module):
         return ", ".join(parts)
 
 
-def _start(centers: Tensor, init: CenterInit | Tensor, update: CenterUpdate) -> None:
-    """Fills new centers in place."""
+def fill(
+    centers: Tensor, init: CenterInit | Tensor, generator: torch.Generator | None = None
+) -> None:
+    """Starts centers in place."""
     if isinstance(init, Tensor):
-        check_centers("center_init", init)
-        if init.shape != centers.shape:
-            raise ValueError(
-                f"center_init must have shape {tuple(centers.shape)}, got {tuple(init.shape)}"
-            )
-        if not bool(init.isfinite().all()):
-            raise ValueError("center_init must hold finite values, got NaN or infinity")
         centers.copy_(init)
         return
-    check_choice("center_init", init, CenterInit)
     match init:
         case "features":
-            if update != "paper":
-                raise ValueError(
-                    "center_init='features' needs center_update='paper', which starts the centers, "
-                    f"got center_update={update!r}"
-                )
             centers.zero_()
         case "sphere":
-            nn.init.normal_(centers)
+            nn.init.normal_(centers, generator=generator)
             centers.div_(torch.linalg.vector_norm(centers, dim=-1, keepdim=True))
         case "normal":
-            nn.init.normal_(centers)
+            nn.init.normal_(centers, generator=generator)
         case "uniform":
-            nn.init.uniform_(centers)
+            nn.init.uniform_(centers, generator=generator)

@@ -50,7 +50,7 @@ def _blocks(*per_class: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*(tensor.split(rows) for tensor in per_class), strict=True))
 
 
-def _norms_and_total(centers: Tensor) -> tuple[Tensor, Tensor]:
+def norms_and_total(centers: Tensor) -> tuple[Tensor, Tensor]:
     """The centers' norms (C,) and the sum of their directions (d,), from one reading."""
     norms, totals = [], []
     for (block,) in _blocks(centers):
@@ -146,7 +146,7 @@ class _Compare(torch.autograd.Function):
     def forward(features: Tensor, centers: Tensor, index: Tensor) -> tuple[Tensor, ...]:
         feature_norms = _norms(features)
         units = features / feature_norms.unsqueeze(-1)
-        norms, total = _norms_and_total(centers)
+        norms, total = norms_and_total(centers)
         if fewer_classes(centers, index):
             rows = (centers / norms.unsqueeze(-1)).index_select(0, index)
         else:
@@ -187,7 +187,7 @@ class _Compare(torch.autograd.Function):
             )
         if ctx.needs_input_grad[1]:
             if grad_inter is not None:
-                grad_total = _plus(grad_total, grad_inter * (2 / _pairs(norms)) * total)
+                grad_total = _plus(grad_total, grad_inter * (2 / _pairs(len(norms))) * total)
             if grad_total is not None:
                 of_centers = _project_one(grad_total, centers, norms)
             if grad_norms is not None:
@@ -223,7 +223,7 @@ class _CompareWithForwardMode(_Compare):
         of_feature_norms = (features_tangent * units).sum(-1)
         of_norms = (centers_tangent * center_units).sum(-1)
         of_total = of_center_units.sum(0)
-        of_inter = (of_total * total).sum() * (2 / _pairs(norms))
+        of_inter = (of_total * total).sum() * (2 / _pairs(len(norms)))
         return of_cosines, of_inter, of_total, of_units, of_rows, of_feature_norms, of_norms
 
 
@@ -280,11 +280,16 @@ def _gradient(
 
 def inter(total: Tensor, norms: Tensor) -> Tensor:
     """Eq. 3 from the sum of the centers' directions (d,) and their norms (C,)."""
-    pairs = _pairs(norms)
+    return inter_by_count(total, (norms != torch.inf).sum(), len(norms))
+
+
+def inter_by_count(total: Tensor, nonzero: Tensor, num_classes: int) -> Tensor:
+    """Eq. 3 from the sum of the centers' directions (d,) and how many of them are not zero."""
+    pairs = _pairs(num_classes)
     # Sum over all pairs, then without each center beside itself. A zero center has no direction.
-    alone = 0.5 - _number((norms != torch.inf).sum()) / pairs
+    alone = 0.5 - _number(nonzero) / pairs
     value = torch.rsub(matmul(total, total), alone, alpha=-1 / pairs)
-    return within(value, (len(norms) - 2) / (2 * (len(norms) - 1)), 1)
+    return within(value, (num_classes - 2) / (2 * (num_classes - 1)), 1)
 
 
 def within(value: Tensor, least: float, most: float | Tensor) -> Tensor:
@@ -298,14 +303,16 @@ def _plus(grad: Tensor | None, more: Tensor) -> Tensor:
     return more if grad is None else grad + more
 
 
-def push_apart_(centers: Tensor, norms: Tensor, total: Tensor, rate: float) -> None:
-    """Takes rate times D_inter of Eq. 7 from the centers.
+def push_apart_(
+    centers: Tensor, norms: Tensor, total: Tensor, rate: float, num_classes: int | None = None
+) -> None:
+    """Takes rate times D_inter of Eq. 7 from the centers, or from a part of `num_classes` of them.
 
     The equation leaves k = j out. The whole sum gives the same, as no direction has a part across
     itself, and lets one vector serve all centers.
     """
     # Last, as a large rate beside large norms would overflow on the way.
-    rate /= _pairs(centers)
+    rate /= _pairs(len(centers) if num_classes is None else num_classes)
     for block, norm in _blocks(centers, norms):
         scale = (_along(total, block, norm) * rate / norm + 1).unsqueeze(-1)
         block.mul_(scale).addcmul_(total, norm.reciprocal().unsqueeze(-1), value=-rate)
@@ -322,26 +329,29 @@ def pull_by_index_(
     norms: Tensor,
     rate: float,
     start: bool,
+    batch_size: Tensor | None = None,
 ) -> None:
     """Takes rate times D_intra of Eq. 6 from the centers.
 
     Args:
         centers: after Eq. 7, (C, d).
-        units: unit features (N, d), zero where a sample does not count.
+        units: unit features (N, d), zero where a sample does not count; or sums of them, within
+            a class.
         index: the samples' classes (N,).
-        counted: (N,), 1 where a sample counts and 0 where not; None where all do.
+        counted: (N,), 1 where a sample counts and 0 where not, or how many are summed; None where
+            each is one.
         rows: the unit centers of the samples' classes (N, d), before any step.
         cosines: units . rows, (N,).
         norms: the centers' norms (C,), before any step.
         rate: alpha.
         start: whether a zero center takes on the mean direction of its class's samples.
+        batch_size: how many samples count, where these are a part of them.
     """
     samples = counted if counted is not None else torch.ones_like(cosines)
     count = torch.zeros_like(norms).index_add(0, index, samples).index_select(0, index)
     norms = norms.index_select(0, index)
-    weight = rate / 2 / _nonzero(samples.sum()) / ((1 + count) * norms)
-    if counted is not None:
-        weight = weight * counted
+    batch_size = samples.sum() if batch_size is None else batch_size
+    weight = rate / 2 / _nonzero(batch_size) / ((1 + count) * norms)
     starting = norms.isinf()
     start = start and (not can_read(starting) or bool(starting.any()))
     if start:
@@ -388,7 +398,7 @@ def move_by_sums_(
 
     Under probabilities a zero center takes on a direction once its class has half a sample.
     """
-    push = total * (-rate / _pairs(centers))
+    push = total * (-rate / _pairs(len(centers)))
     weight = (rate / 2 / _nonzero(count.sum()) / (1 + count)).unsqueeze(-1)
     start = start and (not can_read(norms) or bool((norms == torch.inf).any()))
     for block, norm, sums_, weight_, count_ in _blocks(centers, norms, sums, weight, count):
@@ -400,6 +410,6 @@ def move_by_sums_(
         block.add_(step)
 
 
-def _pairs(per_class: Tensor) -> int:
+def _pairs(num_classes: int) -> int:
     """Twice the number of ordered pairs of classes: the divisor of Eq. 3 and 7."""
-    return 2 * len(per_class) * (len(per_class) - 1)
+    return 2 * num_classes * (num_classes - 1)
