@@ -24,10 +24,13 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/mkdocs build --quiet --strict
 
-# Builds wheel and sdist, installs the wheel alone into an empty environment, and uses it there.
+# Builds wheel and sdist, checks what is in them and what they say, installs the wheel alone into an
+# empty environment, and uses it there.
 package: $(INSTALLED)
 	rm -rf dist build/wheel
 	$(BIN)/python -m build
+	$(BIN)/python .ci/check_dist.py
+	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/pip install --quiet -c constraints.txt dist/*.whl
 	cd build && wheel/bin/python ../.ci/use_wheel.py

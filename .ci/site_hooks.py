@@ -47,6 +47,7 @@ def _formula(found: re.Match[str]) -> str:
     number = re.search(r"\\tag\{(\w+)\}", latex)
     if number:
         latex = latex.replace(number[0], "")
+    latex = re.sub(r"_\{([a-z]{3,})\}", r"_{\\text{\1}}", latex)  # words, not products
     latex = re.sub(r"\\\|(.+?)\\\|", r"\\left\\|\1\\right\\|", latex)
     block = found[1] == "div"
     mathml: str = convert(latex, display="block" if block else "inline")

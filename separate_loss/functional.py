@@ -45,7 +45,9 @@ __all__ = [
 def similarity(a: Tensor, b: Tensor) -> Tensor:
     r"""Cosine similarity over the last dimension, moved to [0, 1].
 
-    $$ Sim(a, b) = \frac{1}{2} \left( \frac{a^T b}{\|a\| \|b\|} + 1 \right) \tag{1} $$
+    $$
+    \operatorname{Sim}(a, b) = \frac{1}{2} \left( \frac{a^T b}{\|a\| \|b\|} + 1 \right) \tag{1}
+    $$
 
     Args:
         a: floating point, `(*, d)`.

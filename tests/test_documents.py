@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import separate_loss
 from tests.public_api import public_names
 
 ROOT = Path(__file__).parent.parent
@@ -53,3 +54,11 @@ def test_every_public_name_has_an_example() -> None:
         if not doctest.DocTestParser().get_examples(inspect.getdoc(value) or "")
     ]
     assert not without
+
+
+def test_documents_name_the_version() -> None:
+    version = separate_loss.__version__
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {version}\n" in citation
+    (released,) = re.findall(r"\ndate-released: (.*)\n", citation)
+    assert f"\n## [{version}] - {released}\n" in (ROOT / "CHANGELOG.md").read_text()
