@@ -22,7 +22,7 @@ lint: $(INSTALLED)
 
 # The site, in build/site. Warnings are errors: broken links, unknown names, missing pages.
 docs: $(INSTALLED)
-	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/mkdocs build --strict
 
 # Builds wheel and sdist, checks what is in them and what they say, installs the wheel alone into an
 # empty environment, and uses it there.

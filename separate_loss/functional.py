@@ -60,7 +60,7 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
         TypeError: an argument is not a floating-point tensor.
         ValueError: the shapes do not broadcast, or the devices differ.
 
-    Example:
+    Examples:
         >>> others = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
         >>> similarity(torch.tensor([3.0, 0.0]), others)
         tensor([1.0000, 0.5000, 0.0000])
@@ -101,7 +101,7 @@ def intra_class_loss(
     The gradient for the features is Eq. 5. Arguments, reductions and errors are those of
     `separate_loss`, without the inter-class term.
 
-    Example:
+    Examples:
         >>> centers = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
         >>> features = torch.tensor([[1.0, 0.0], [0.0, -1.0], [1.0, 0.0]])
         >>> intra_class_loss(features, torch.tensor([0, 1, 1]), centers, reduction="none")
@@ -141,7 +141,7 @@ def inter_class_loss(centers: Tensor) -> Tensor:
         TypeError: `centers` is not a floating-point tensor.
         ValueError: `centers` is not of shape (C, d) or holds fewer than two classes.
 
-    Example:
+    Examples:
         >>> inter_class_loss(torch.tensor([[2.0, 0.0], [0.0, 5.0]]))
         tensor(0.5000)
 
@@ -187,7 +187,7 @@ def separate_loss(
         IndexError: a class index is out of range. On accelerators and in compiled code, where
             reading it would mean to wait, an assertion on the device fails instead.
 
-    Example:
+    Examples:
         >>> centers = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
         >>> features = torch.tensor([[1.0, 0.0], [0.0, -1.0]])
         >>> separate_loss(features, torch.tensor([0, 1]), centers)
@@ -242,7 +242,7 @@ def update_centers(
         TypeError, ValueError, IndexError: as in `separate_loss`; ValueError also for a
             `center_lr` that is negative or not finite.
 
-    Example:
+    Examples:
         >>> centers = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> features = torch.tensor([[1.0, 1.0]])
         >>> update_centers(features, torch.tensor([0]), centers, center_lr=1.0)

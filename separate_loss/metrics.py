@@ -40,7 +40,7 @@ class ClassStatistics:
         ignore_index: samples with this class index are left out.
         device: where the batches will be.
 
-    Example:
+    Examples:
         >>> statistics = ClassStatistics(num_classes=2, feature_dim=2)
         >>> for features, labels in [
         ...     (torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 1])),
@@ -130,7 +130,7 @@ def class_centers(
     Raises:
         TypeError, ValueError, IndexError: an argument is of a wrong type, size or range.
 
-    Example:
+    Examples:
         >>> class_centers(torch.tensor([[1.0, 0.0], [1.0, 2.0]]), torch.tensor([1, 1]), 2)
         tensor([[nan, nan],
                 [1., 1.]], dtype=torch.float64)
@@ -162,7 +162,7 @@ def intra_class_similarity(
     Raises:
         TypeError, ValueError, IndexError: an argument is of a wrong type, size or range.
 
-    Example:
+    Examples:
         >>> features = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
         >>> labels = torch.tensor([0, 0, 1])
         >>> intra_class_similarity(features, labels, torch.eye(2), reduction="none")
@@ -187,7 +187,7 @@ def inter_class_similarity(centers: Tensor, *, reduction: Reduction = "mean") ->
     Raises:
         TypeError, ValueError: an argument is of a wrong type, size or value.
 
-    Example:
+    Examples:
         >>> inter_class_similarity(torch.tensor([[2.0, 0.0], [0.0, 1.0], [-3.0, 0.0]]))
         tensor(-0.3333, dtype=torch.float64)
 
@@ -218,7 +218,7 @@ def center_agreement(
     Raises:
         TypeError, ValueError: an argument is of a wrong type, size or value.
 
-    Example:
+    Examples:
         >>> center_agreement(torch.eye(2), torch.tensor([[2.0, 0.0], [1.0, 1.0]]), reduction="none")
         tensor([1.0000, 0.7071], dtype=torch.float64)
 

@@ -34,7 +34,7 @@ __all__ = ["SeparateLoss", "Terms"]
 class Terms(NamedTuple):
     """The two terms of a step, detached scalars; intra is the mean, whatever the reduction.
 
-    Example:
+    Examples:
         >>> criterion = SeparateLoss(2, 2, center_update="none", center_init=torch.eye(2))
         >>> loss = criterion(torch.eye(2), torch.tensor([0, 1]))
         >>> criterion.last_terms
@@ -85,7 +85,7 @@ class SeparateLoss(nn.Module):
     Raises:
         TypeError, ValueError: an argument is of a wrong type or out of its range.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> criterion = SeparateLoss(num_classes=3, feature_dim=8)
         >>> features, labels = torch.randn(16, 8, requires_grad=True), torch.arange(16) % 3

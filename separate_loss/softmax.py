@@ -30,7 +30,7 @@ __all__ = ["SoftmaxSeparateLoss", "SoftmaxSeparateTerms"]
 class SoftmaxSeparateTerms(NamedTuple):
     """The terms of a step of Eq. 9, detached scalars; intra is a mean, whatever the reduction.
 
-    Example:
+    Examples:
         >>> head = torch.nn.Linear(2, 2, bias=False)
         >>> _ = torch.nn.init.zeros_(head.weight)
         >>> criterion = SoftmaxSeparateLoss(head, center_update="none", center_init=torch.eye(2))
@@ -82,7 +82,7 @@ class SoftmaxSeparateLoss(nn.Module):
         RuntimeError: called without a fresh forward pass of the head, or after one that recorded
             no gradients.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 3))
         >>> criterion = SoftmaxSeparateLoss(model[-1])
