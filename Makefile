@@ -1,10 +1,10 @@
-# `make demo` and `make test` need Python 3.11 or newer with pip, and set up the rest.
+# `make demo`, `make test` and `make docs` need Python 3.11 or newer with pip, and set up the rest.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test fuzz lint package clean
+.PHONY: demo test fuzz lint docs package clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m benchmarks.demo
@@ -20,17 +20,24 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-# Builds wheel and sdist, installs the wheel alone into an empty environment, and uses it there.
+# The site, in build/site. Warnings are errors: broken links, unknown names, missing pages.
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
+
+# Builds wheel and sdist, checks what is in them and what they say, installs the wheel alone into an
+# empty environment, and uses it there.
 package: $(INSTALLED)
 	rm -rf dist build/wheel
 	$(BIN)/python -m build
+	$(BIN)/python .ci/check_dist.py
+	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/pip install --quiet -c constraints.txt dist/*.whl
 	cd build && wheel/bin/python ../.ci/use_wheel.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[test]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[test,docs]"
 	touch $@
 
 clean:

@@ -2,7 +2,7 @@
 
 Y. Li, Y. Lu, J. Li, G. Lu, "Separate Loss for Basic and Compound Facial Expression Recognition in
 the Wild", ACML 2019, Proceedings of Machine Learning Research 101:897-911. Equation numbers are the
-paper's. Shapes: N samples or any leading dimensions *, C classes, d features; a hat is a vector
+paper's. Shapes: N samples or any leading dimensions `*`, C classes, d features; a hat is a vector
 over its norm.
 
 Everything is computed, and every loss returned, in float32 or wider; gradients come in the type of
@@ -45,20 +45,22 @@ __all__ = [
 def similarity(a: Tensor, b: Tensor) -> Tensor:
     r"""Cosine similarity over the last dimension, moved to [0, 1].
 
-    .. math:: Sim(a, b) = \frac{1}{2} \left( \frac{a^T b}{\|a\| \|b\|} + 1 \right) \tag{1}
+    $$
+    \operatorname{Sim}(a, b) = \frac{1}{2} \left( \frac{a^T b}{\|a\| \|b\|} + 1 \right) \tag{1}
+    $$
 
     Args:
-        a: floating point, (*, d).
-        b: floating point, (*, d); the leading dimensions broadcast against those of `a`.
+        a: floating point, `(*, d)`.
+        b: floating point, `(*, d)`; the leading dimensions broadcast against those of `a`.
 
     Returns:
-        Similarities (*); 1/2 where either vector is zero.
+        Similarities `(*)`; 1/2 where either vector is zero.
 
     Raises:
         TypeError: an argument is not a floating-point tensor.
         ValueError: the shapes do not broadcast, or the devices differ.
 
-    Example:
+    Examples:
         >>> others = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
         >>> similarity(torch.tensor([3.0, 0.0]), others)
         tensor([1.0000, 0.5000, 0.0000])
@@ -94,12 +96,12 @@ def intra_class_loss(
 ) -> Tensor:
     r"""How far samples point away from the centers of their classes, in [0, 1].
 
-    .. math:: L_{intra} = 1 - \frac{1}{2m} \sum_i \left( \hat x_i^T \hat c_{y_i} + 1 \right) \tag{2}
+    $$ L_{intra} = 1 - \frac{1}{2m} \sum_i \left( \hat x_i^T \hat c_{y_i} + 1 \right) \tag{2} $$
 
     The gradient for the features is Eq. 5. Arguments, reductions and errors are those of
-    :func:`separate_loss`, without the inter-class term.
+    `separate_loss`, without the inter-class term.
 
-    Example:
+    Examples:
         >>> centers = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
         >>> features = torch.tensor([[1.0, 0.0], [0.0, -1.0], [1.0, 0.0]])
         >>> intra_class_loss(features, torch.tensor([0, 1, 1]), centers, reduction="none")
@@ -121,9 +123,10 @@ def intra_class_loss(
 def inter_class_loss(centers: Tensor) -> Tensor:
     r"""How similar the centers are to one another, in [(C - 2) / (2 (C - 1)), 1].
 
-    .. math::
-        L_{inter} = \frac{1}{2 |S| (|S| - 1)} \sum_k \sum_{j \ne k}
-            \left( \hat c_k^T \hat c_j + 1 \right) \tag{3}
+    $$
+    L_{inter} = \frac{1}{2 |S| (|S| - 1)} \sum_k \sum_{j \ne k}
+        \left( \hat c_k^T \hat c_j + 1 \right) \tag{3}
+    $$
 
     Computed from the sum of the unit centers in O(C d) time. The least value is reached by unit
     centers that sum to zero.
@@ -138,7 +141,7 @@ def inter_class_loss(centers: Tensor) -> Tensor:
         TypeError: `centers` is not a floating-point tensor.
         ValueError: `centers` is not of shape (C, d) or holds fewer than two classes.
 
-    Example:
+    Examples:
         >>> inter_class_loss(torch.tensor([[2.0, 0.0], [0.0, 5.0]]))
         tensor(0.5000)
 
@@ -160,22 +163,22 @@ def separate_loss(
 ) -> Tensor:
     r"""The separate loss: intra-class plus inter-class loss.
 
-    .. math:: L_{sep} = L_{intra} + L_{inter} \tag{4}
+    $$ L_{sep} = L_{intra} + L_{inter} \tag{4} $$
 
     Args:
-        features: deep features, floating point, (*, d).
-        target: class indices, an integer type, (*) with values in [0, C) or `ignore_index`; or
-            class probabilities, floating point, (*, C): soft labels, mixup, compound labels.
+        features: deep features, floating point, `(*, d)`.
+        target: class indices, an integer type, `(*)` with values in [0, C) or `ignore_index`; or
+            class probabilities, floating point, `(*, C)`: soft labels, mixup, compound labels.
         centers: floating point, (C, d) with C >= 2.
         weight: a factor for each class, floating point, (C,), not negative. A sample's weight is
             its class's, or under probabilities their mean over its classes.
         ignore_index: samples with this class index count for nothing. Unused under probabilities.
         reduction: ``"mean"`` gives the mean of L_intra under the samples' weights, plus L_inter;
-            ``"none"`` the weight of each sample times its (L_intra + L_inter), shape (*); ``"sum"``
-            the sum of these. A batch in which no sample counts has L_intra = 0.
+            ``"none"`` the weight of each sample times its (L_intra + L_inter), shape `(*)`;
+            ``"sum"`` the sum of these. A batch in which no sample counts has L_intra = 0.
 
     Returns:
-        A scalar, or (*) for ``reduction="none"``, in float32 or wider.
+        A scalar, or `(*)` for ``reduction="none"``, in float32 or wider.
 
     Raises:
         TypeError: an argument is of a wrong type.
@@ -184,7 +187,7 @@ def separate_loss(
         IndexError: a class index is out of range. On accelerators and in compiled code, where
             reading it would mean to wait, an assertion on the device fails instead.
 
-    Example:
+    Examples:
         >>> centers = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
         >>> features = torch.tensor([[1.0, 0.0], [0.0, -1.0]])
         >>> separate_loss(features, torch.tensor([0, 1]), centers)
@@ -209,34 +212,37 @@ def update_centers(
 ) -> Tensor:
     r"""The centers after one step of the paper's rule, which is not a gradient step on Eq. 4.
 
-    .. math::
-        D_{intra}(c_j) &= \frac{-1}{2m (1 + n_j)} \sum_{i: y_i = j} \left(
-            \frac{x_i}{\|x_i\| \|c_j\|} - \frac{(x_i^T c_j) c_j}{\|x_i\| \|c_j\|^3}
-            \right) \tag{6} \\
-        D_{inter}(c_j) &= \frac{1}{2 |S| (|S| - 1)} \sum_{k \ne j} \left(
-            \frac{c_k}{\|c_k\| \|c_j\|} - \frac{(c_k^T c_j) c_j}{\|c_k\| \|c_j\|^3}
-            \right) \tag{7} \\
-        c_j &\leftarrow c_j - \alpha \left( D_{intra}(c_j) + D_{inter}(c_j) \right) \tag{8}
+    $$
+    D_{intra}(c_j) = \frac{-1}{2m (1 + n_j)} \sum_{i: y_i = j} \left(
+        \frac{x_i}{\|x_i\| \|c_j\|} - \frac{(x_i^T c_j) c_j}{\|x_i\| \|c_j\|^3} \right) \tag{6}
+    $$
+
+    $$
+    D_{inter}(c_j) = \frac{1}{2 |S| (|S| - 1)} \sum_{k \ne j} \left(
+        \frac{c_k}{\|c_k\| \|c_j\|} - \frac{(c_k^T c_j) c_j}{\|c_k\| \|c_j\|^3} \right) \tag{7}
+    $$
+
+    $$ c_j \leftarrow c_j - \alpha \left( D_{intra}(c_j) + D_{inter}(c_j) \right) \tag{8} $$
 
     with n_j the number of samples of class j and m that of all. Eq. 7 is half of the gradient of
     Eq. 3, and Eq. 6 the gradient of Eq. 2 over 1 + n_j. Under class probabilities n_j is their sum.
     Samples with NaN or infinity in their features count for nothing. A zero center stays zero.
 
     Args:
-        features: as in :func:`separate_loss`.
-        target: as in :func:`separate_loss`.
-        centers: as in :func:`separate_loss`; left as it is.
+        features: as in `separate_loss`.
+        target: as in `separate_loss`.
+        centers: as in `separate_loss`; left as it is.
         center_lr: alpha, finite and not negative.
-        ignore_index: as in :func:`separate_loss`.
+        ignore_index: as in `separate_loss`.
 
     Returns:
         New centers (C, d) in the type of `centers`, outside of autograd.
 
     Raises:
-        TypeError, ValueError, IndexError: as in :func:`separate_loss`; ValueError also for a
+        TypeError, ValueError, IndexError: as in `separate_loss`; ValueError also for a
             `center_lr` that is negative or not finite.
 
-    Example:
+    Examples:
         >>> centers = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> features = torch.tensor([[1.0, 1.0]])
         >>> update_centers(features, torch.tensor([0]), centers, center_lr=1.0)

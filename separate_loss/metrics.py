@@ -40,7 +40,7 @@ class ClassStatistics:
         ignore_index: samples with this class index are left out.
         device: where the batches will be.
 
-    Example:
+    Examples:
         >>> statistics = ClassStatistics(num_classes=2, feature_dim=2)
         >>> for features, labels in [
         ...     (torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 1])),
@@ -74,7 +74,7 @@ class ClassStatistics:
 
     @torch.no_grad()
     def update(self, features: Tensor, target: Tensor) -> Self:
-        """Adds a batch of features (*, d) with class indices (*); returns itself."""
+        """Adds a batch of features `(*, d)` with class indices `(*)`; returns itself."""
         num_classes, feature_dim = self.sums.shape
         check_batch(features, target, num_classes)
         if target.is_floating_point():
@@ -97,13 +97,13 @@ class ClassStatistics:
         return self
 
     def class_centers(self) -> Tensor:
-        """As the function :func:`class_centers`."""
+        """As the function `class_centers`."""
         return self.sums / self.counts.unsqueeze(-1)
 
     def intra_class_similarity(
         self, centers: Tensor | None = None, *, reduction: Reduction = "mean"
     ) -> Tensor:
-        """As the function :func:`intra_class_similarity`; without `centers`, to the class means."""
+        """As the function `intra_class_similarity`; without `centers`, to the class means."""
         check_choice("reduction", reduction, Reduction)
         if centers is None:
             centers = self.class_centers()
@@ -119,8 +119,8 @@ def class_centers(
     """The true class centers: the mean feature of each class.
 
     Args:
-        features: floating point, (*, d).
-        target: class indices, (*), in [0, C) or `ignore_index`.
+        features: floating point, `(*, d)`.
+        target: class indices, `(*)`, in [0, C) or `ignore_index`.
         num_classes: C, at least 2.
         ignore_index: samples with this class index are left out.
 
@@ -130,7 +130,7 @@ def class_centers(
     Raises:
         TypeError, ValueError, IndexError: an argument is of a wrong type, size or range.
 
-    Example:
+    Examples:
         >>> class_centers(torch.tensor([[1.0, 0.0], [1.0, 2.0]]), torch.tensor([1, 1]), 2)
         tensor([[nan, nan],
                 [1., 1.]], dtype=torch.float64)
@@ -150,9 +150,9 @@ def intra_class_similarity(
     """Mean cosine of a class's features to its center.
 
     Args:
-        features: floating point, (*, d).
-        target: class indices, (*), in [0, C) or `ignore_index`.
-        centers: learned centers or those of :func:`class_centers`, (C, d).
+        features: floating point, `(*, d)`.
+        target: class indices, `(*)`, in [0, C) or `ignore_index`.
+        centers: learned centers or those of `class_centers`, (C, d).
         ignore_index: samples with this class index are left out.
         reduction: ``"mean"`` over the classes, or ``"none"`` for the figure of each.
 
@@ -162,7 +162,7 @@ def intra_class_similarity(
     Raises:
         TypeError, ValueError, IndexError: an argument is of a wrong type, size or range.
 
-    Example:
+    Examples:
         >>> features = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
         >>> labels = torch.tensor([0, 0, 1])
         >>> intra_class_similarity(features, labels, torch.eye(2), reduction="none")
@@ -178,7 +178,7 @@ def inter_class_similarity(centers: Tensor, *, reduction: Reduction = "mean") ->
     """Mean cosine between centers of different classes; per class, to those of all others.
 
     Args:
-        centers: learned centers or those of :func:`class_centers`, (C, d); NaN rows are left out.
+        centers: learned centers or those of `class_centers`, (C, d); NaN rows are left out.
         reduction: ``"mean"`` over the classes, or ``"none"`` for the figure of each.
 
     Returns:
@@ -187,7 +187,7 @@ def inter_class_similarity(centers: Tensor, *, reduction: Reduction = "mean") ->
     Raises:
         TypeError, ValueError: an argument is of a wrong type, size or value.
 
-    Example:
+    Examples:
         >>> inter_class_similarity(torch.tensor([[2.0, 0.0], [0.0, 1.0], [-3.0, 0.0]]))
         tensor(-0.3333, dtype=torch.float64)
 
@@ -209,7 +209,7 @@ def center_agreement(
 
     Args:
         centers: learned centers, (C, d).
-        true_centers: those of :func:`class_centers`, (C, d); NaN rows are left out.
+        true_centers: those of `class_centers`, (C, d); NaN rows are left out.
         reduction: ``"mean"`` over the classes, or ``"none"`` for the figure of each.
 
     Returns:
@@ -218,7 +218,7 @@ def center_agreement(
     Raises:
         TypeError, ValueError: an argument is of a wrong type, size or value.
 
-    Example:
+    Examples:
         >>> center_agreement(torch.eye(2), torch.tensor([[2.0, 0.0], [1.0, 1.0]]), reduction="none")
         tensor([1.0000, 0.7071], dtype=torch.float64)
 

@@ -32,7 +32,15 @@ __all__ = ["SeparateLoss", "Terms"]
 
 
 class Terms(NamedTuple):
-    """The two terms of a step, detached scalars; intra is the mean, whatever the reduction."""
+    """The two terms of a step, detached scalars; intra is the mean, whatever the reduction.
+
+    Examples:
+        >>> criterion = SeparateLoss(2, 2, center_update="none", center_init=torch.eye(2))
+        >>> loss = criterion(torch.eye(2), torch.tensor([0, 1]))
+        >>> criterion.last_terms
+        Terms(intra=tensor(0.), inter=tensor(0.5000))
+
+    """
 
     intra: Tensor
     inter: Tensor
@@ -41,7 +49,7 @@ class Terms(NamedTuple):
 class SeparateLoss(nn.Module):
     r"""The separate loss (Eq. 4) with centers of its own, used beside softmax loss.
 
-    .. math:: L = L_s + \lambda (L_{intra} + L_{inter}) \tag{9}
+    $$ L = L_s + \lambda (L_{intra} + L_{inter}) \tag{9} $$
 
     with lambda = 0.9 in the paper. Take features where they can be negative, from a linear layer or
     before an activation; after ReLU centers cannot follow the class means and push them apart.
@@ -58,7 +66,7 @@ class SeparateLoss(nn.Module):
             direction of the first features of their class; it needs the paper's update, whose
             default it is. ``"sphere"``: random directions of norm 1, the default otherwise.
             ``"normal"``: N(0, 1). ``"uniform"``: U(0, 1). Or a tensor (C, d) of finite values.
-        weight, ignore_index, reduction: as in :func:`separate_loss.functional.separate_loss`.
+        weight, ignore_index, reduction: as in `separate_loss.functional.separate_loss`.
             Class weights act on the loss, not on the paper's update.
         processes: whose samples move the centers, where torch.distributed is initialised.
             ``"all"``: those of all processes, or of a given ``ProcessGroup``. All then hold the
@@ -68,8 +76,8 @@ class SeparateLoss(nn.Module):
         device, dtype: of the centers; keep them in float32 or wider for small steps to count.
 
     Shape:
-        features (*, d) and target (*) or (*, C), as the function takes them, to a scalar, or (*)
-        for ``reduction="none"``.
+        features `(*, d)` and target `(*)` or `(*, C)`, as the function takes them, to a scalar, or
+        `(*)` for ``reduction="none"``.
 
     Attributes:
         centers: (C, d), buffer or parameter; in the `state_dict` under the same name in all modes.
@@ -79,7 +87,7 @@ class SeparateLoss(nn.Module):
     Raises:
         TypeError, ValueError: an argument is of a wrong type or out of its range.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> criterion = SeparateLoss(num_classes=3, feature_dim=8)
         >>> features, labels = torch.randn(16, 8, requires_grad=True), torch.arange(16) % 3

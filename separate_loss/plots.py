@@ -41,7 +41,7 @@ def feature_space(
         ImportError: matplotlib is not installed.
         ValueError: `points` or centers are not of shape (*, 2), or `target` does not fit.
 
-    Example:
+    Examples:
         >>> axes = feature_space(torch.randn(6, 2), torch.arange(6) % 3)
     """
     for name, rows in (
@@ -121,7 +121,7 @@ def center_similarity(
         ImportError: matplotlib is not installed.
         TypeError, ValueError: `centers` is not a floating-point tensor (C, d).
 
-    Example:
+    Examples:
         >>> axes = center_similarity(torch.randn(3, 8))
     """
     check_centers("centers", centers)

@@ -29,7 +29,17 @@ __all__ = ["SoftmaxSeparateLoss", "SoftmaxSeparateTerms"]
 
 
 class SoftmaxSeparateTerms(NamedTuple):
-    """The terms of a step of Eq. 9, detached scalars; intra is a mean, whatever the reduction."""
+    """The terms of a step of Eq. 9, detached scalars; intra is a mean, whatever the reduction.
+
+    Examples:
+        >>> head = torch.nn.Linear(2, 2, bias=False)
+        >>> _ = torch.nn.init.zeros_(head.weight)
+        >>> criterion = SoftmaxSeparateLoss(head, center_update="none", center_init=torch.eye(2))
+        >>> loss = criterion(head(torch.eye(2)), torch.tensor([0, 1]))
+        >>> criterion.last_terms
+        SoftmaxSeparateTerms(softmax=tensor(0.6931), intra=tensor(0.), inter=tensor(0.5000))
+
+    """
 
     softmax: Tensor
     intra: Tensor
@@ -39,29 +49,30 @@ class SoftmaxSeparateTerms(NamedTuple):
 class SoftmaxSeparateLoss(nn.Module):
     r"""Softmax loss plus separate loss (Eq. 9), for a model that returns logits only.
 
-    .. math:: L = L_s + \lambda L_{sep} \tag{9}
+    $$ L = L_s + \lambda L_{sep} \tag{9} $$
 
     It watches what enters `head` and takes that as the features of the logits that it is called
     with. Neither the model nor its `state_dict`, copies or pickles change. Each call needs a
     forward pass of its own before it; what was watched is let go with the call.
 
     Args:
-        head: the module that turns features (*, d) into logits (*, C), as the model's last
+        head: the module that turns features `(*, d)` into logits `(*, C)`, as the model's last
             `torch.nn.Linear`; its first argument is watched.
         separate_weight: lambda, finite and not negative.
         num_classes: C; None takes `head.out_features`, or else the size of the first logits.
         feature_dim: d; None takes `head.in_features`, or else the size of the first features.
         label_smoothing: as in `torch.nn.functional.cross_entropy`, in both terms; in [0, 1].
-        center_update, center_lr, center_init, dtype: as in :class:`SeparateLoss`.
-        weight, ignore_index, reduction: as in :class:`SeparateLoss`, in both terms.
-        processes: as in :class:`SeparateLoss`.
+        center_update, center_lr, center_init, dtype: as in `SeparateLoss`.
+        weight, ignore_index, reduction: as in `SeparateLoss`, in both terms.
+        processes: as in `SeparateLoss`.
         device: of the centers; None takes the head's.
 
     Shape:
-        logits (*, C) and target (*) or (*, C), to a scalar, or (*) for ``reduction="none"``.
+        logits `(*, C)` and target `(*)` or `(*, C)`, to a scalar, or `(*)` for
+        ``reduction="none"``.
 
     Attributes:
-        separate: the :class:`SeparateLoss` within, with its `centers`; from the first call or
+        separate: the `SeparateLoss` within, with its `centers`; from the first call or
             checkpoint on where neither the head nor an argument told its sizes.
         last_terms: softmax loss (its mean for ``reduction="none"``), intra- and inter-class loss of
             the last call, for logging; None before any.
@@ -72,7 +83,7 @@ class SoftmaxSeparateLoss(nn.Module):
         RuntimeError: called without a fresh forward pass of the head, or after one that recorded
             no gradients.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 3))
         >>> criterion = SoftmaxSeparateLoss(model[-1])
@@ -266,7 +277,7 @@ def _told(name: str, value: int | None, head: nn.Module, attribute: str) -> int 
 def _softmax_loss(
     logits: Tensor, target: Tensor, separate: SeparateLoss, label_smoothing: float
 ) -> Tensor:
-    """L_s of class-last logits (*, C), in float32 or wider."""
+    """L_s of class-last logits `(*, C)`, in float32 or wider."""
     logits = logits.reshape(-1, separate.num_classes)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     weight = separate.weight

@@ -1,4 +1,4 @@
-"""What a user of the package meets: its names, its imports, its README."""
+"""What a user of the package meets: its names and its imports."""
 
 import inspect
 import re
@@ -58,11 +58,3 @@ def test_imports_go_down_only() -> None:
                 if imported:
                     module = imported[1] or imported[2]
                     assert module in order[: level + 1], f"{file}: {line}"
-
-
-def test_readme_code_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    program = "\n".join(blocks)
-    namespace: dict[str, object] = {}
-    exec(compile(program, "README.md", "exec"), namespace)

@@ -1,0 +1,57 @@
+"""Hooks of the site's generator: formulas, the recipes' programs, and pages measured later."""
+
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File
+
+RECIPES = Path(__file__).parent.parent / "docs" / "recipes"
+MEASURED = {"benchmarks/speed.md": "Speed", "benchmarks/scale.md": "Scale", "quality.md": "Quality"}
+PLOTS = "benchmarks/speed.svg", "benchmarks/scale.svg"
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Pages and plots that `python -m benchmarks` has not written yet say so."""
+    texts = {path: f"# {title}\n\nNot measured yet.\n" for path, title in MEASURED.items()}
+    texts |= dict.fromkeys(PLOTS, '<svg xmlns="http://www.w3.org/2000/svg" height="1"/>')
+    for path, text in texts.items():
+        if files.get_file_from_path(path) is None:
+            files.append(File.generated(config, path, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Sets each program that the recipes' page links on the page itself."""
+    if page.file.src_uri != "recipes.md":
+        return markdown
+    programs = list(dict.fromkeys(re.findall(r"\(recipes/(\w+)\.py\)", markdown)))
+    markdown = re.sub(r"\(recipes/(\w+)\.py\)", r"(#\1)", markdown)
+    parts = [markdown, "## Programs"]
+    for name in programs:
+        source = (RECIPES / f"{name}.py").read_text()
+        parts.append(f"### `{name}.py` {{ #{name} }}\n\n```python\n{source}```")
+    return "\n\n".join(parts)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Formulas as MathML, which browsers draw without a script."""
+    return FORMULA.sub(_formula, html)
+
+
+def _formula(found: re.Match[str]) -> str:
+    latex = unescape(found[2])
+    number = re.search(r"\\tag\{(\w+)\}", latex)
+    if number:
+        latex = latex.replace(number[0], "")
+    latex = re.sub(r"_\{([a-z]{3,})\}", r"_{\\text{\1}}", latex)  # words, not products
+    latex = re.sub(r"\\\|(.+?)\\\|", r"\\left\\|\1\\right\\|", latex)
+    block = found[1] == "div"
+    mathml: str = convert(latex, display="block" if block else "inline")
+    if not block:
+        return mathml
+    label = f"<span>({number[1]})</span>" if number else ""
+    return f'<div class="formula" tabindex="0">{mathml}{label}</div>'
