@@ -65,14 +65,16 @@ class Watch:
             )
         return passes[0] if passes else None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _on_graph(self, logits: Tensor) -> Pass | None:
-        """Breaks a compiled graph, if only where the loss is compiled without the model."""
         for node in islice(_graph(logits), REACH):
             if self in node.metadata:
                 found: Pass = node.metadata.pop(self)
                 return found
         return None
+
+    # As torch.compiler.disable does, which would load the whole compiler. A compiled graph breaks
+    # here only where the loss is compiled without the model.
+    vars()["_on_graph"]._torchdynamo_disable = True
 
     def _enter(self, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         if torch.compiler.is_exporting():

@@ -38,25 +38,35 @@ class ShardedSeparateLoss(nn.Module):
     buffers equal.
 
     Args:
-        num_classes, feature_dim: as in :class:`separate_loss.SeparateLoss`.
+        num_classes, feature_dim: as in `SeparateLoss`.
         center_lr, center_init: as there; a tensor is whole, (C, d), on every process.
         ignore_index, reduction: as there.
         mesh: the processes to spread over, in one dimension; None takes all.
         device, dtype: of the centers, as there; the mesh's device by default.
 
     Shape:
-        features (*, d) and class indices (*), whose number may differ between processes, to a
-        scalar, or (*) for ``reduction="none"``.
+        features `(*, d)` and class indices `(*)`, whose number may differ between processes, to a
+        scalar, or `(*)` for ``reduction="none"``.
 
     Attributes:
         centers: (C, d), a `DTensor` buffer with placement `Shard(0)`: `centers.to_local()` are this
             process's rows, and torch.distributed.checkpoint loads them on any number of processes.
-        last_terms: as in :class:`separate_loss.SeparateLoss`; intra is that of the own part.
+        last_terms: as in `SeparateLoss`; intra is that of the own part.
 
     Raises:
-        TypeError, ValueError, IndexError: as in :class:`separate_loss.SeparateLoss`; TypeError also
+        TypeError, ValueError, IndexError: as in `SeparateLoss`; TypeError also
             for class probabilities, which need all centers.
         RuntimeError: torch.distributed is not initialised.
+
+    Examples:
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> criterion = ShardedSeparateLoss(num_classes=1000, feature_dim=8)
+        >>> features = torch.randn(16, 8, requires_grad=True)
+        >>> criterion(features, torch.randint(1000, (16,))).backward()
+        >>> criterion.centers.to_local().shape
+        torch.Size([1000, 8])
+        >>> dist.destroy_process_group()
 
     """
 

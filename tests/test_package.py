@@ -48,7 +48,18 @@ def test_import_needs_torch_alone() -> None:
 
 
 def test_imports_go_down_only() -> None:
-    order = ["_checks", "ops", "functional", "metrics", "plots", "modules"]
+    order = [
+        "_checks",
+        "_watch",
+        "ops",
+        "functional",
+        "metrics",
+        "plots",
+        "distributed",
+        "modules",
+        "softmax",
+        "sharded",
+    ]
     for level, name in enumerate(order):
         path = ROOT / "separate_loss" / name
         files = path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]
