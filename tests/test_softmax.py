@@ -474,7 +474,7 @@ def test_features_die_with_the_step() -> None:
 
 
 def test_memory_does_not_grow() -> None:
-    """As many tensors are alive after 1,000 steps as after 10."""
+    """No more tensors are alive after 1,000 steps than after 10."""
     model = perceptron()
     criterion = SoftmaxSeparateLoss(model[-1])
     optimizer = torch.optim.Adam(model.parameters())
@@ -489,7 +489,8 @@ def test_memory_does_not_grow() -> None:
         gc.collect()
         return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
-    assert alive_after(10) == alive_after(1000)
+    few = alive_after(10)
+    assert alive_after(1000) <= few
 
 
 @pytest.mark.parametrize("saved_as", ["paper", "gradient", "none"])
