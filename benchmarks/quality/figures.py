@@ -14,7 +14,6 @@ from benchmarks.quality.study import (
     DEFAULTS,
     ROWS,
     SIZE_METHODS,
-    SIZE_SEEDS,
     SOFTMAX,
     Record,
     Study,
@@ -64,7 +63,7 @@ def _agreement(study: Study, data: DataName, folder: Path) -> None:
 
 
 def _weights(study: Study, data: DataName, folder: Path) -> None:
-    weights, seeds = study.scale.weights, study.scale.sweep_seeds
+    weights, seeds = study.scale.weights, study.scale.sweep_seeds[data]
 
     def panel(axes: Axes, kind: FeatureKind) -> None:
         runs = [study.records(data, kind, "separate", seeds, strength=one) for one in weights]
@@ -82,13 +81,11 @@ def _weights(study: Study, data: DataName, folder: Path) -> None:
 
 
 def _sizes(study: Study, folder: Path) -> None:
-    dims = study.scale.feature_dims
+    dims, seeds = study.scale.feature_dims, study.scale.sweep_seeds["faces"]
 
     def panel(axes: Axes, kind: FeatureKind) -> None:
         for method in SIZE_METHODS:
-            runs = [
-                study.records("faces", kind, method, SIZE_SEEDS, feature_dim=dim) for dim in dims
-            ]
+            runs = [study.records("faces", kind, method, seeds, feature_dim=dim) for dim in dims]
             _accuracies(axes, dims, runs, method, f"{method} loss")
         axes.set(xlabel="number of features", ylabel="accuracy, %", xscale="log")
         axes.set_xticks(dims, [str(dim) for dim in dims])
