@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,11 @@ def draw(study: Study, folder: Path) -> None:
         _sizes(study, folder)
 
 
+def plain(title: str) -> str:
+    """A table's title without Markdown."""
+    return title.replace("`", "")
+
+
 def _per_kind(panel: Panel, path: Path, *, legend: bool = True) -> None:
     """Both kinds of features side by side."""
     figure = Figure(figsize=(11, 4.4), layout="constrained", facecolor="white")
@@ -55,7 +60,7 @@ def _agreement(study: Study, data: DataName, folder: Path) -> None:
             if courses[0]["agreement"][0] is None:
                 continue
             means = [fmean(each) for each in zip(*(c["agreement"] for c in courses), strict=True)]
-            axes.plot(courses[0]["epoch"], means, "o-", markersize=3, label=row.title)
+            axes.plot(courses[0]["epoch"], means, "o-", markersize=3, label=plain(row.title))
         axes.axhline(0.8, color="black", linestyle="--", linewidth=1)
         axes.set(xlabel="epoch", ylabel="cosine of learned to true centers", ylim=(-0.3, 1.05))
 
@@ -69,11 +74,20 @@ def _weights(study: Study, data: DataName, folder: Path) -> None:
         runs = [study.records(data, kind, "separate", seeds, strength=one) for one in weights]
         _accuracies(axes, weights, runs, "separate", "softmax + weight x separate loss, defaults")
         softmax = study.records(data, kind, "softmax", seeds)
+        of_all = _all("accuracy", study.row(data, kind, SOFTMAX))
+        middle, spread = fmean(of_all), stdev(of_all)
+        axes.axhspan(
+            middle - spread,
+            middle + spread,
+            color=COLORS["softmax"],
+            alpha=0.15,
+            label=f"softmax loss, mean ± deviation of {len(of_all)} seeds",
+        )
         axes.axhline(
             fmean(_all("accuracy", softmax)),
             color=COLORS["softmax"],
             linestyle="--",
-            label="softmax loss, same seeds",
+            label=f"softmax loss, seeds of the line: {seeds}",
         )
         axes.set(xlabel="weight of the separate loss", ylabel="accuracy, %")
 
@@ -130,5 +144,5 @@ def _confusion(study: Study, data: DataName, folder: Path) -> None:
             axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
             axes.set_yticks(range(len(names)), names)
             axes.set(xlabel="predicted", ylabel="true class")
-            axes.set_title(f"{row.title}, {kind} features: % of the class", fontsize=10)
+            axes.set_title(f"{plain(row.title)}, {kind} features: % of the class", fontsize=10)
     figure.savefig(folder / f"confusion-{data}.png", dpi=110)

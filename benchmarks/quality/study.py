@@ -41,11 +41,12 @@ ROWS = (
     Row("+ separate, weight tuned", "separate"),
     Row('+ separate, `"gradient"`, weight tuned', "gradient"),
     Row('+ separate, `"gradient"`, class weights', "balanced", PAPER_WEIGHT),
+    Row('+ separate, `"gradient"`, class weights, half of Eq. 3', "balanced, inter x 0.5", 2.0),
     Row("+ separate, U(0, 1), `center_lr=0.01`", "slow", PAPER_WEIGHT),
 )
-SOFTMAX, DEFAULTS, SLOW = ROWS[0], ROWS[5], ROWS[9]
+SOFTMAX, DEFAULTS, BALANCED, SLOW = ROWS[0], ROWS[5], ROWS[8], ROWS[-1]
 SEPARATE = ROWS[5:]
-PICTURED = (SOFTMAX, DEFAULTS, ROWS[8])
+PICTURED = (SOFTMAX, DEFAULTS, BALANCED)
 BATCH_METHODS = ("softmax", "separate", "gradient", "balanced")
 OTHER_METHODS = tuple(name for name in METHODS if "," in name)  # centers moved otherwise
 SIZE_METHODS = ("softmax", "separate")

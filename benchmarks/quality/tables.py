@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 from benchmarks import report
@@ -56,16 +56,17 @@ def _explanation(study: Study, results: report.Results) -> str:
         "[Does it help?](../../quality.md). Mean ± standard deviation over seeds. Cosines on "
         "the reported part: intra of features to their class means, inter between class means or "
         "between learned centers, agreement of learned centers with class means. In brackets: the "
-        "95 % interval of the mean difference, paired by seed (Student's t).",
+        "95 % interval of the mean difference, paired by seed (Student's t).\n",
     ]
     for data in study.data:
         scale = study.scale
         lines.append(
-            f"{TITLES[data]}: {scale.seeds[data]} seeds, {scale.epochs[data]} epochs, batches of "
+            f"- {TITLES[data]}: {scale.seeds[data]} seeds, {scale.epochs[data]} epochs, batches of "
             f"{BATCH_SIZE[data]}, {FEATURE_DIM[data]} features."
         )
     if "faces" in study.data:
-        lines.append(f"Faces: {results.settings['faces']}; at most {study.scale.faces} trained on.")
+        origin = results.settings["faces"]
+        lines.append(f"- FER-2013 from: {origin}; at most {study.scale.faces} to train on.")
     return "\n".join(lines)
 
 
@@ -192,10 +193,10 @@ def _batches(study: Study) -> str:
         "of the worst class",
     )
     return (
-        "FER-2013, weight 0.9, softmax's at the same batch size. Balance: where the push of a center "
-        "that stands at a right angle to the sum of all equals the pull of a class that it stands at "
-        "a right angle to, C (C - 1) / m for the paper's rule, and (C - 1) / 2 for gradients with "
-        "every class pulling alike.\n\n" + report.table(header, lines)
+        "FER-2013, weight 0.9, softmax's at the same batch size. Balance: the norm of the sum at "
+        "which the largest push of the other centers equals the largest pull of a class; C (C - 1) "
+        "/ m for the paper's rule, (C - 1) / 2 for gradients where every class pulls alike.\n\n"
+        + report.table(header, lines)
     )
 
 
@@ -224,8 +225,14 @@ def _settled(study: Study, kind: FeatureKind, method: str, size: int, classes: i
 
 
 def _effort(results: report.Results) -> str:
-    seconds = [one["seconds"] for one in results.measured.values() if "seconds" in one]
-    return (
-        f"{len(seconds)} runs of {fmean(seconds):.1f} s on average, "
-        f"{sum(seconds) / 3600:.1f} hours of one thread, {results.settings['workers']} at a time"
-    )
+    """Medians: another program beside may have held up some of the runs."""
+    parts = []
+    for data in TITLES:
+        seconds = [
+            one["seconds"]
+            for name, one in results.measured.items()
+            if name.startswith(f"data {data}") and "seconds" in one
+        ]
+        if seconds:
+            parts.append(f"{len(seconds)} runs on {data} of {median(seconds):.1f} s (median)")
+    return f"{', '.join(parts)}, {results.settings['workers']} at a time"
