@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from benchmarks.quality.study import (
     DEFAULTS,
     ROWS,
     SIZE_METHODS,
-    SIZE_SEEDS,
     SOFTMAX,
     Record,
     Study,
@@ -33,6 +32,11 @@ def draw(study: Study, folder: Path) -> None:
         _confusion(study, data, folder)
     if "faces" in study.data:
         _sizes(study, folder)
+
+
+def plain(title: str) -> str:
+    """A table's title without Markdown."""
+    return title.replace("`", "")
 
 
 def _per_kind(panel: Panel, path: Path, *, legend: bool = True) -> None:
@@ -56,7 +60,7 @@ def _agreement(study: Study, data: DataName, folder: Path) -> None:
             if courses[0]["agreement"][0] is None:
                 continue
             means = [fmean(each) for each in zip(*(c["agreement"] for c in courses), strict=True)]
-            axes.plot(courses[0]["epoch"], means, "o-", markersize=3, label=row.title)
+            axes.plot(courses[0]["epoch"], means, "o-", markersize=3, label=plain(row.title))
         axes.axhline(0.8, color="black", linestyle="--", linewidth=1)
         axes.set(xlabel="epoch", ylabel="cosine of learned to true centers", ylim=(-0.3, 1.05))
 
@@ -64,17 +68,26 @@ def _agreement(study: Study, data: DataName, folder: Path) -> None:
 
 
 def _weights(study: Study, data: DataName, folder: Path) -> None:
-    weights, seeds = study.scale.weights, study.scale.sweep_seeds
+    weights, seeds = study.scale.weights, study.scale.sweep_seeds[data]
 
     def panel(axes: Axes, kind: FeatureKind) -> None:
         runs = [study.records(data, kind, "separate", seeds, strength=one) for one in weights]
         _accuracies(axes, weights, runs, "separate", "softmax + weight x separate loss, defaults")
         softmax = study.records(data, kind, "softmax", seeds)
+        of_all = _all("accuracy", study.row(data, kind, SOFTMAX))
+        middle, spread = fmean(of_all), stdev(of_all)
+        axes.axhspan(
+            middle - spread,
+            middle + spread,
+            color=COLORS["softmax"],
+            alpha=0.15,
+            label=f"softmax loss, mean ± deviation of {len(of_all)} seeds",
+        )
         axes.axhline(
             fmean(_all("accuracy", softmax)),
             color=COLORS["softmax"],
             linestyle="--",
-            label="softmax loss, same seeds",
+            label=f"softmax loss, seeds of the line: {seeds}",
         )
         axes.set(xlabel="weight of the separate loss", ylabel="accuracy, %")
 
@@ -82,13 +95,11 @@ def _weights(study: Study, data: DataName, folder: Path) -> None:
 
 
 def _sizes(study: Study, folder: Path) -> None:
-    dims = study.scale.feature_dims
+    dims, seeds = study.scale.feature_dims, study.scale.sweep_seeds["faces"]
 
     def panel(axes: Axes, kind: FeatureKind) -> None:
         for method in SIZE_METHODS:
-            runs = [
-                study.records("faces", kind, method, SIZE_SEEDS, feature_dim=dim) for dim in dims
-            ]
+            runs = [study.records("faces", kind, method, seeds, feature_dim=dim) for dim in dims]
             _accuracies(axes, dims, runs, method, f"{method} loss")
         axes.set(xlabel="number of features", ylabel="accuracy, %", xscale="log")
         axes.set_xticks(dims, [str(dim) for dim in dims])
@@ -133,5 +144,5 @@ def _confusion(study: Study, data: DataName, folder: Path) -> None:
             axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
             axes.set_yticks(range(len(names)), names)
             axes.set(xlabel="predicted", ylabel="true class")
-            axes.set_title(f"{row.title}, {kind} features: % of the class", fontsize=10)
+            axes.set_title(f"{plain(row.title)}, {kind} features: % of the class", fontsize=10)
     figure.savefig(folder / f"confusion-{data}.png", dpi=110)

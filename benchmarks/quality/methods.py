@@ -43,6 +43,7 @@ class Method(NamedTuple):
     strengths: tuple[float, ...] = ()
     center_rate: float | None = None
     is_head: bool = False  # takes the place of the linear layer and of softmax loss
+    inter_share: float = 1.0  # of Eq. 3
 
 
 class CosineHead(nn.Module):
@@ -122,14 +123,15 @@ METHODS: dict[str, Method] = {
 # The same, with centers moved otherwise: by SGD at another rate, or in the network's optimizer.
 CENTER_RATES: dict[str, float | None] = {"SGD 0.1": 0.1, "SGD 10": 10.0, "Adam": None}
 METHODS |= {
-    f"{name}, {label}": METHODS[name]._replace(strengths=(), center_rate=rate)
-    for name in ("gradient", "balanced")
+    f"gradient, {label}": Method(_gradient, center_rate=rate)
     for label, rate in CENTER_RATES.items()
 }
 
 # The same with less of Eq. 3, down to where centers cease to push.
 INTER_SHARES = (0.3, 0.5, 0.7)
 METHODS |= {
-    f"balanced, inter x {share}": Method(partial(_weak_inter, share), center_rate=1.0)
+    f"balanced, inter x {share}": Method(
+        partial(_weak_inter, share), center_rate=1.0, inter_share=share
+    )
     for share in INTER_SHARES
 }

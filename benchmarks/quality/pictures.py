@@ -8,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.demo import in_the_plane
+from benchmarks.quality.figures import plain
 from benchmarks.quality.runs import Source, run
 from benchmarks.quality.settings import KINDS, Setting
 from benchmarks.quality.study import PICTURED, Study
@@ -54,7 +55,7 @@ def draw(study: Study, planes: Mapping[Setting, Mapping[str, Any]], folder: Path
                 )
                 found = study.found[setting]
                 axes.set_title(
-                    f"{row.title}\n{found['accuracy']:.1f} %, cosines within classes "
+                    f"{plain(row.title)}\n{found['accuracy']:.1f} %, cosines within classes "
                     f"{found['intra']:.2f}, between {found['inter']:.2f}",
                     fontsize=10,
                 )

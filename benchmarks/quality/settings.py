@@ -36,7 +36,8 @@ class Scale(NamedTuple):
     epochs: dict[DataName, int]
     seeds: dict[DataName, int]  # of the main table
     tuning_seeds: dict[DataName, int]
-    sweep_seeds: int  # of all other tables
+    sweep_seeds: dict[DataName, int]  # of weights and feature sizes
+    batch_seeds: int  # of batch sizes
     weights: tuple[float, ...]
     feature_dims: tuple[int, ...]
     batch_sizes: tuple[int, ...]
@@ -47,7 +48,8 @@ FULL = Scale(
     epochs={"digits": 60, "faces": 8},
     seeds={"digits": 10, "faces": 5},
     tuning_seeds={"digits": 5, "faces": 1},
-    sweep_seeds=2,
+    sweep_seeds={"digits": 5, "faces": 1},
+    batch_seeds=2,
     weights=tuple(tenths / 10 for tenths in range(1, 12)),
     feature_dims=(64, 128, 256, 512, 768, 1024),
     batch_sizes=(20, 400),
@@ -57,7 +59,8 @@ QUICK = Scale(
     epochs={"digits": 20, "faces": 3},
     seeds={"digits": 3, "faces": 2},
     tuning_seeds={"digits": 1, "faces": 1},
-    sweep_seeds=1,
+    sweep_seeds={"digits": 1, "faces": 1},
+    batch_seeds=1,
     weights=(0.1, 0.5, 0.9),
     feature_dims=(64, 1024),
     batch_sizes=(20, 400),

@@ -41,15 +41,15 @@ ROWS = (
     Row("+ separate, weight tuned", "separate"),
     Row('+ separate, `"gradient"`, weight tuned', "gradient"),
     Row('+ separate, `"gradient"`, class weights', "balanced", PAPER_WEIGHT),
+    Row('+ separate, `"gradient"`, class weights, half of Eq. 3', "balanced, inter x 0.5", 2.0),
     Row("+ separate, U(0, 1), `center_lr=0.01`", "slow", PAPER_WEIGHT),
 )
-SOFTMAX, DEFAULTS, SLOW = ROWS[0], ROWS[5], ROWS[9]
+SOFTMAX, DEFAULTS, BALANCED, SLOW = ROWS[0], ROWS[5], ROWS[8], ROWS[-1]
 SEPARATE = ROWS[5:]
-PICTURED = (SOFTMAX, DEFAULTS, ROWS[8])
+PICTURED = (SOFTMAX, DEFAULTS, BALANCED)
 BATCH_METHODS = ("softmax", "separate", "gradient", "balanced")
 OTHER_METHODS = tuple(name for name in METHODS if "," in name)  # centers moved otherwise
 SIZE_METHODS = ("softmax", "separate")
-SIZE_SEEDS = 1
 
 
 @dataclass
@@ -150,19 +150,35 @@ class Study:
 
     def _weights(self) -> Iterator[list[Setting]]:
         for data, kind, weight in product(self.data, KINDS, self.scale.weights):
-            yield self.settings(data, kind, "separate", self.scale.sweep_seeds, strength=weight)
+            seeds = self.scale.sweep_seeds[data]
+            yield self.settings(data, kind, "separate", seeds, strength=weight)
 
     def _sizes(self) -> Iterator[list[Setting]]:
         if "faces" in self.data:
             for kind, method, dim in product(KINDS, SIZE_METHODS, self.scale.feature_dims):
-                yield self.settings("faces", kind, method, SIZE_SEEDS, feature_dim=dim)
+                seeds = self.scale.sweep_seeds["faces"]
+                yield self.settings("faces", kind, method, seeds, feature_dim=dim)
 
     def _batches(self) -> Iterator[list[Setting]]:
         if "faces" in self.data:
-            for kind, method, size in product(KINDS, BATCH_METHODS, self.scale.batch_sizes):
-                yield self.settings("faces", kind, method, self.scale.sweep_seeds, batch_size=size)
-            for kind, method in product(KINDS, ("gradient", *OTHER_METHODS)):
-                yield self.settings("faces", kind, method, self.scale.sweep_seeds)
+            for kind, (method, size) in product(KINDS, self.batch_places()):
+                seeds = self.batch_seeds(method)
+                yield self.settings("faces", kind, method, seeds, batch_size=size)
+
+    def batch_places(self) -> list[tuple[str, int]]:
+        """Methods and batch sizes where it is shown how centers settle."""
+        usual = BATCH_SIZE["faces"]
+        sizes = sorted({*self.scale.batch_sizes, usual})
+        return [
+            *((method, size) for size in sizes for method in BATCH_METHODS),
+            *((method, usual) for method in OTHER_METHODS),
+        ]
+
+    def batch_seeds(self, method: str) -> int:
+        """Of such a place."""
+        return (
+            self.scale.batch_seeds if method in BATCH_METHODS else self.scale.sweep_seeds["faces"]
+        )
 
     def pictured(self) -> list[Setting]:
         """Runs whose feature spaces are drawn."""

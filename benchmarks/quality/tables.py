@@ -1,8 +1,8 @@
 """All tables, as Markdown."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 from benchmarks import report
@@ -12,11 +12,8 @@ from benchmarks.quality.methods import METHODS
 from benchmarks.quality.settings import BATCH_SIZE, FEATURE_DIM, KINDS, RATES, DataName
 from benchmarks.quality.statistics import paired, show_interval, show_spread
 from benchmarks.quality.study import (
-    BATCH_METHODS,
-    OTHER_METHODS,
     ROWS,
     SIZE_METHODS,
-    SIZE_SEEDS,
     SOFTMAX,
     Record,
     Row,
@@ -59,16 +56,17 @@ def _explanation(study: Study, results: report.Results) -> str:
         "[Does it help?](../../quality.md). Mean ± standard deviation over seeds. Cosines on "
         "the reported part: intra of features to their class means, inter between class means or "
         "between learned centers, agreement of learned centers with class means. In brackets: the "
-        "95 % interval of the mean difference, paired by seed (Student's t).",
+        "95 % interval of the mean difference, paired by seed (Student's t).\n",
     ]
     for data in study.data:
         scale = study.scale
         lines.append(
-            f"{TITLES[data]}: {scale.seeds[data]} seeds, {scale.epochs[data]} epochs, batches of "
+            f"- {TITLES[data]}: {scale.seeds[data]} seeds, {scale.epochs[data]} epochs, batches of "
             f"{BATCH_SIZE[data]}, {FEATURE_DIM[data]} features."
         )
     if "faces" in study.data:
-        lines.append(f"Faces: {results.settings['faces']}; at most {study.scale.faces} trained on.")
+        origin = results.settings["faces"]
+        lines.append(f"- FER-2013 from: {origin}; at most {study.scale.faces} to train on.")
     return "\n".join(lines)
 
 
@@ -108,7 +106,7 @@ def _cosines(found: Sequence[Record]) -> list[str]:
 
 
 def _tuned(study: Study) -> str:
-    seeds = ", ".join(f"{count} on {data}" for data, count in study.scale.tuning_seeds.items())
+    seeds = _seeds(study.scale.tuning_seeds)
     lines = []
     for data, kind in product(study.data, KINDS):
         lines.append([data, kind, "softmax", "rate", *_candidates(study, data, kind, "softmax")])
@@ -125,6 +123,10 @@ def _tuned(study: Study) -> str:
     )
 
 
+def _seeds(of: Mapping[DataName, int]) -> str:
+    return ", ".join(f"{count} on {data}" for data, count in of.items())
+
+
 def _candidates(study: Study, data: DataName, kind: FeatureKind, method: str) -> tuple[str, str]:
     is_rate = method == "softmax"
     candidates = RATES if is_rate else METHODS[method].strengths
@@ -138,16 +140,17 @@ def _candidates(study: Study, data: DataName, kind: FeatureKind, method: str) ->
 
 
 def _weights(study: Study) -> str:
-    seeds = study.scale.sweep_seeds
     lines = []
     for data, kind in product(study.data, KINDS):
+        seeds = study.scale.sweep_seeds[data]
         softmax = study.records(data, kind, "softmax", seeds)
         lines.append([data, kind, "0 (softmax)", *_accuracy_and_cosines(softmax)])
         for weight in study.scale.weights:
             found = study.records(data, kind, "separate", seeds, strength=weight)
             lines.append([data, kind, f"{weight:g}", *_accuracy_and_cosines(found)])
     header = ("data", "features", "weight", "accuracy, %", *FIGURES.values())
-    return f"Defaults but for the weight; {seeds} seeds.\n\n{report.table(header, lines)}"
+    seeds_of = _seeds(study.scale.sweep_seeds)
+    return f"Defaults but for the weight; seeds: {seeds_of}.\n\n{report.table(header, lines)}"
 
 
 def _accuracy_and_cosines(found: Sequence[Record]) -> list[str]:
@@ -155,37 +158,32 @@ def _accuracy_and_cosines(found: Sequence[Record]) -> list[str]:
 
 
 def _sizes(study: Study) -> str:
+    seeds = study.scale.sweep_seeds["faces"]
     lines = [
         [
             kind,
             dim,
             method,
-            *_accuracy_and_cosines(
-                study.records("faces", kind, method, SIZE_SEEDS, feature_dim=dim)
-            ),
+            *_accuracy_and_cosines(study.records("faces", kind, method, seeds, feature_dim=dim)),
         ]
         for kind, dim, method in product(KINDS, study.scale.feature_dims, SIZE_METHODS)
     ]
     header = ("features", "number", "loss", "accuracy, %", *FIGURES.values())
-    return f"FER-2013, defaults; seeds: {SIZE_SEEDS}.\n\n{report.table(header, lines)}"
+    return f"FER-2013, defaults; seeds: {seeds}.\n\n{report.table(header, lines)}"
 
 
 def _batches(study: Study) -> str:
     """Where centers settle, beside what the two pulls on them say."""
-    seeds = study.scale.sweep_seeds
     classes = len(study.class_names["faces"])
-    sizes = sorted({*study.scale.batch_sizes, BATCH_SIZE["faces"]})
-    lines = []
-    for kind in KINDS:
-        places = [
-            *product(sizes, BATCH_METHODS),
-            *((BATCH_SIZE["faces"], method) for method in OTHER_METHODS),
-        ]
-        lines += [_settled(study, kind, method, size, classes) for size, method in places]
+    lines = [
+        _settled(study, kind, method, size, classes)
+        for kind, (method, size) in product(KINDS, study.batch_places())
+    ]
     header = (
         "features",
         "loss",
         "batch",
+        "seeds",
         "balance of the pulls",
         "norm of the sum of unit centers",
         "accuracy, %",
@@ -195,22 +193,25 @@ def _batches(study: Study) -> str:
         "of the worst class",
     )
     return (
-        f"FER-2013, weight 0.9; {seeds} seeds. Softmax's at the same batch size. The balance is "
-        "C (C - 1) / m for the paper's rule, and (C - 1) / 2 for gradients with every class "
-        "pulling alike: the most that the sum of unit centers can come to where centers stand at "
-        "a right angle to their pull.\n\n" + report.table(header, lines)
+        "FER-2013, weight 0.9, softmax's at the same batch size. Balance: the norm of the sum at "
+        "which the largest push of the other centers equals the largest pull of a class; C (C - 1) "
+        "/ m for the paper's rule, (C - 1) / 2 for gradients where every class pulls alike.\n\n"
+        + report.table(header, lines)
     )
 
 
 def _settled(study: Study, kind: FeatureKind, method: str, size: int, classes: int) -> list[Any]:
-    seeds = study.scale.sweep_seeds
+    seeds = study.batch_seeds(method)
     found = study.records("faces", kind, method, seeds, batch_size=size)
     softmax = study.records("faces", kind, "softmax", seeds, batch_size=size)
-    balance = classes * (classes - 1) / size if method == "separate" else (classes - 1) / 2
+    balance = (classes - 1) / (2 * METHODS[method].inter_share)
+    if method == "separate":
+        balance = classes * (classes - 1) / size
     return [
         kind,
         method,
         size,
+        seeds,
         "-" if method == "softmax" else f"{balance:.2f}",
         show_spread(values("center_sum", found), 2),
         show_spread(values("accuracy", found), 1),
@@ -224,8 +225,14 @@ def _settled(study: Study, kind: FeatureKind, method: str, size: int, classes: i
 
 
 def _effort(results: report.Results) -> str:
-    seconds = [one["seconds"] for one in results.measured.values() if "seconds" in one]
-    return (
-        f"{len(seconds)} runs of {fmean(seconds):.1f} s on average, "
-        f"{sum(seconds) / 3600:.1f} hours of one thread, {results.settings['workers']} at a time"
-    )
+    """Medians: another program beside may have held up some of the runs."""
+    parts = []
+    for data in TITLES:
+        seconds = [
+            one["seconds"]
+            for name, one in results.measured.items()
+            if name.startswith(f"data {data}") and "seconds" in one
+        ]
+        if seconds:
+            parts.append(f"{len(seconds)} runs on {data} of {median(seconds):.1f} s (median)")
+    return f"{', '.join(parts)}, {results.settings['workers']} at a time"
