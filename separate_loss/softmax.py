@@ -148,15 +148,11 @@ class SoftmaxSeparateLoss(nn.Module):
             )
         else:
             # Refuses now what needs no sizes to be refused.
-            SeparateLoss(
+            self._build(
                 2 if num_classes is None else num_classes,
                 1 if feature_dim is None else feature_dim,
-                center_update=center_update,
-                center_lr=center_lr,
                 center_init=center_init if isinstance(center_init, str) else None,
-                ignore_index=ignore_index,
-                reduction=reduction,
-                processes=processes,
+                weight=None,
                 device="meta",
             )
         self._watch: Watch | None = None
