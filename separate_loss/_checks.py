@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 Reduction = Literal["none", "mean", "sum"]
 CenterUpdate = Literal["paper", "gradient", "none"]
@@ -184,7 +185,8 @@ def split_ignored(
         return target, kept
     if target.numel() == 0:
         return target, None
-    least, most = (int(bound) for bound in target.aminmax())
+    bounds = target.aminmax()
+    least, most = bounds.min.item(), bounds.max.item()
     if least >= 0 and most < num_classes and not least <= ignore_index <= most:
         return target, None
     kept = target != ignore_index
@@ -200,7 +202,7 @@ def split_ignored(
 
 def can_read(value: Tensor) -> bool:
     """Whether Python may look at the values: on the CPU, and not while tracing or under vmap."""
-    plain = value.device.type == "cpu" and type(value) in (Tensor, torch.nn.Parameter)
+    plain = value.is_cpu and type(value) in (Tensor, Parameter)
     return plain and not torch.compiler.is_compiling() and not _under_vmap(value)
 
 

@@ -375,9 +375,12 @@ def move_centers_(
     units, cosines, counted = finite(reading.units, reading.cosines, reading.batch.counted)
     if summed or target.is_floating_point() or ops.fewer_classes(centers, target):
         sums, count = ops.class_sums(units, target, counted, norms.shape[0])
+        batch_size = len(target) if counted is None and not target.is_floating_point() else None
         if summed:
-            sums, count = summed(sums, count)
-        ops.move_by_sums_(centers, norms, total, sums, count, rate=center_lr, start=start)
+            (sums, count), batch_size = summed(sums, count), None
+        ops.move_by_sums_(
+            centers, norms, total, sums, count, rate=center_lr, start=start, batch_size=batch_size
+        )
         return
     ops.push_apart_(centers, norms, total, center_lr)
     ops.pull_by_index_(
@@ -397,7 +400,7 @@ def finite(
     units: Tensor, cosines: Tensor, counted: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Directions, cosines and counts without the samples that are not finite."""
-    if can_read(cosines) and math.isfinite(float(cosines.detach().sum())):
+    if can_read(cosines) and math.isfinite(cosines.sum().item()):
         return units, cosines, counted
     kept = cosines.isfinite()
     counted = kept.to(units.dtype) if counted is None else counted.where(kept, 0)

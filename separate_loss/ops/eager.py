@@ -5,6 +5,7 @@ center j. A `target` is either class indices (N,) or class probabilities (N, C).
 name ends in an underscore changes its first argument.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from separate_loss._checks import can_read
 
 # A block of centers stays in the processor's cache from one pass over it to the next.
 BLOCK_ELEMENTS = 2**20
+# So few, that the directions of all centers cost less than those of each sample's.
+FEW_ELEMENTS = 2**16
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -32,13 +35,18 @@ def _norms(vectors: Tensor) -> Tensor:
     A vector counts as zero where its squared norm leaves the normal range of its type.
     """
     norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
-    return torch.nn.functional.threshold(norms, torch.finfo(norms.dtype).tiny ** 0.5, torch.inf)
+    return torch.threshold(norms, torch.finfo(norms.dtype).tiny ** 0.5, torch.inf)
 
 
 def _project(vectors: Tensor, units: Tensor, norms: Tensor) -> Tensor:
     """(v - (v . u) u) / norm: the derivative of normalising, which Eq. 5, 6 and 7 share."""
+    return _across(vectors, units).div_(norms.unsqueeze(-1))
+
+
+def _across(vectors: Tensor, units: Tensor) -> Tensor:
+    """What vectors have across directions: v - (v . u) u."""
     along = (vectors * units).sum(-1, keepdim=True)
-    return torch.addcmul(vectors, along, units, value=-1).div_(norms.unsqueeze(-1))
+    return torch.addcmul(vectors, along, units, value=-1)
 
 
 def _blocks(*per_class: Tensor) -> list[tuple[Tensor, ...]]:
@@ -81,6 +89,11 @@ def _project_one(vector: Tensor, centers: Tensor, norms: Tensor) -> Tensor:
     return projected
 
 
+def _may_hold_zero(norms: Tensor) -> bool:
+    """Whether some of these norms may be those of zero vectors; as far as that costs no wait."""
+    return not can_read(norms) or math.isinf(norms.sum().item())
+
+
 def fewer_classes(centers: Tensor, index: Tensor) -> bool:
     """Whether to work on all classes rather than on each sample's; compilers need no such help."""
     return not torch.compiler.is_compiling() and len(centers) <= len(index)
@@ -91,7 +104,9 @@ def _number(count: Tensor) -> Tensor | float:
     return float(count) if can_read(count) else count
 
 
-def _nonzero(count: Tensor) -> Tensor | float:
+def _nonzero(count: Tensor | float) -> Tensor | float:
+    if not isinstance(count, Tensor):
+        return count or 1.0
     if can_read(count):
         return float(count) or 1.0
     return count.masked_fill(count == 0, 1)
@@ -146,10 +161,13 @@ class _Compare(torch.autograd.Function):
     def forward(features: Tensor, centers: Tensor, index: Tensor) -> tuple[Tensor, ...]:
         feature_norms = _norms(features)
         units = features / feature_norms.unsqueeze(-1)
-        norms, total = norms_and_total(centers)
-        if fewer_classes(centers, index):
-            rows = (centers / norms.unsqueeze(-1)).index_select(0, index)
+        # By the centers alone: processes with other batches must come to the same sum.
+        if centers.numel() <= FEW_ELEMENTS and not torch.compiler.is_compiling():
+            norms = _norms(centers)
+            directions = centers / norms.unsqueeze(-1)
+            total, rows = directions.sum(0), directions.index_select(0, index)
         else:
+            norms, total = norms_and_total(centers)
             rows = centers.index_select(0, index) / norms.index_select(0, index).unsqueeze(-1)
         # Rounding carries cosines past their bounds. Derivatives know nothing of that.
         cosines = (units * rows).sum(-1).clamp(-1, 1)
@@ -280,21 +298,23 @@ def _gradient(
 
 def inter(total: Tensor, norms: Tensor) -> Tensor:
     """Eq. 3 from the sum of the centers' directions (d,) and their norms (C,)."""
-    return inter_by_count(total, (norms != torch.inf).sum(), len(norms))
+    num_classes = len(norms)
+    nonzero = (norms != torch.inf).sum() if _may_hold_zero(norms) else num_classes
+    return inter_by_count(total, nonzero, num_classes)
 
 
-def inter_by_count(total: Tensor, nonzero: Tensor, num_classes: int) -> Tensor:
+def inter_by_count(total: Tensor, nonzero: Tensor | int, num_classes: int) -> Tensor:
     """Eq. 3 from the sum of the centers' directions (d,) and how many of them are not zero."""
     pairs = _pairs(num_classes)
     # Sum over all pairs, then without each center beside itself. A zero center has no direction.
-    alone = 0.5 - _number(nonzero) / pairs
+    alone = 0.5 - (nonzero if isinstance(nonzero, int) else _number(nonzero)) / pairs
     value = torch.rsub(matmul(total, total), alone, alpha=-1 / pairs)
     return within(value, (num_classes - 2) / (2 * (num_classes - 1)), 1)
 
 
 def within(value: Tensor, least: float, most: float | Tensor) -> Tensor:
     """Undoes rounding past the bounds, and leaves the derivatives alone."""
-    if value.ndim == 0 and can_read(value) and least <= float(value.detach()) <= most:
+    if value.ndim == 0 and can_read(value) and least <= value.item() <= most:
         return value
     return value + (value.clamp(min=least).clamp(max=most) - value).detach()
 
@@ -351,16 +371,15 @@ def pull_by_index_(
     count = torch.zeros_like(norms).index_add(0, index, samples).index_select(0, index)
     norms = norms.index_select(0, index)
     batch_size = samples.sum() if batch_size is None else batch_size
-    weight = _pull_rate(rate, batch_size, count) / norms
-    starting = norms.isinf()
-    start = start and (not can_read(starting) or bool(starting.any()))
-    if start:
+    weight = rate / (_intra_divisor(batch_size, count) * norms)
+    starting = norms.isinf() if start and _may_hold_zero(norms) else None
+    if starting is not None:
         # A zero center has a zero row: the sum of its samples' directions is all that it gets.
         weight = weight.masked_fill(starting, 1)
     along = (weight * cosines).unsqueeze(-1)
     pull = torch.addcmul(units * weight.unsqueeze(-1), rows, along, value=-1)
     centers.index_add_(0, index, pull)
-    if start:
+    if starting is not None:
         # All samples of a class, counted or not, write one and the same row.
         rows = centers.index_select(0, index)
         rows = torch.where(starting.unsqueeze(-1), unit(rows)[0], rows)
@@ -375,13 +394,14 @@ def class_sums(
     Arguments as in `pull_by_index_`; the target may be class probabilities (N, C). A class with a
     share that is not finite has no sum and no count.
     """
-    if counted is None:
-        counted = units.new_ones(units.shape[0])
     if target.is_floating_point():
-        count = matmul(counted, target).nan_to_num(0, 0, 0)
-        return matmul(target.mT, units).nan_to_num(0, 0, 0), count
-    sums = units.new_zeros(num_classes, units.shape[1]).index_add(0, target, units)
-    return sums, units.new_zeros(num_classes).index_add(0, target, counted)
+        count = target.sum(0) if counted is None else matmul(counted, target)
+        return matmul(target.mT, units).nan_to_num(0, 0, 0), count.nan_to_num(0, 0, 0)
+    sums = units.new_zeros(num_classes, units.shape[1]).index_add_(0, target, units)
+    if counted is None and can_read(target):
+        return sums, target.bincount(minlength=num_classes).to(units.dtype)
+    counted = units.new_ones(units.shape[0]) if counted is None else counted
+    return sums, units.new_zeros(num_classes).index_add_(0, target, counted)
 
 
 def move_by_sums_(
@@ -393,26 +413,28 @@ def move_by_sums_(
     *,
     rate: float,
     start: bool,
+    batch_size: Tensor | float | None = None,
 ) -> None:
     """Eq. 8 from the sums of `class_sums`, with `push_apart_` in the same pass.
 
     Under probabilities a zero center takes on a direction once its class has half a sample.
     """
     push = total * (-rate / _pairs(len(centers)))
-    weight = _pull_rate(rate, count.sum(), count).unsqueeze(-1)
-    start = start and (not can_read(norms) or bool((norms == torch.inf).any()))
-    for block, norm, sums_, weight_, count_ in _blocks(centers, norms, sums, weight, count):
-        step = torch.addcmul(push, sums_, weight_)
-        step = _project(step, block / norm.unsqueeze(-1), norm)
+    batch_size = count.sum() if batch_size is None else batch_size
+    divisor = _intra_divisor(batch_size, count).unsqueeze(-1)
+    start = start and _may_hold_zero(norms)
+    per_class = centers, norms.unsqueeze(-1), sums, divisor, count.unsqueeze(-1)
+    for block, norm, sums_, divisor_, count_ in _blocks(*per_class):
+        step = torch.addcdiv(push, sums_, divisor_, value=rate)
+        block.addcdiv_(_across(step, block / norm), norm)
         if start:
-            starting = (norm.isinf() & (count_ >= 0.5)).unsqueeze(-1)
-            step = torch.where(starting, unit(sums_)[0], step)
-        block.add_(step)
+            starting = norm.isinf() & (count_ >= 0.5)
+            block.copy_(torch.where(starting, unit(sums_)[0], block))
 
 
-def _pull_rate(rate: float, batch_size: Tensor, count: Tensor) -> Tensor:
-    """Alpha times the factor before the sum in Eq. 6, for classes with `count` samples."""
-    return rate / 2 / _nonzero(batch_size) / (1 + count)
+def _intra_divisor(batch_size: Tensor | float, count: Tensor) -> Tensor:
+    """The divisor before the sum in Eq. 6, for classes with `count` samples."""
+    return (1 + count) * (2 * _nonzero(batch_size))
 
 
 def _pairs(num_classes: int) -> int:
