@@ -102,28 +102,35 @@ def _plane(means: Tensor) -> Tensor:
 
 def _draw(runs: dict[str, list[Trained]], epochs: list[int], path: Path) -> None:
     columns = len(epochs)
-    figure = Figure(figsize=(2.75 * columns, 6.6), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(2.2 * columns, 6), layout="constrained", facecolor="white")
     panels = figure.subplots(len(runs), columns, squeeze=False)
     for line, (method, run) in zip(panels, runs.items(), strict=True):
-        line[0].set_ylabel(METHODS[method], fontsize=12)
+        line[0].set_ylabel(METHODS[method].replace(" x ", " x\n"), fontsize=12)
         steps = [_directions(one) for one in run]
         plane = _plane(steps[-1].true_centers)
         for axes, step, one, epoch in zip(line, steps, run, epochs, strict=True):
             _panel(axes, Step(*(part @ plane for part in step)), one.labels)
             axes.set_title(f"epoch {epoch}" if epoch else "before training", fontsize=12)
             found = one.figures
-            axes.set_xlabel(f"within {found.intra:.2f}, between {found.inter:.2f}", fontsize=11)
+            axes.set_xlabel(f"within {found.intra:.2f}\nbetween {found.inter:.2f}", fontsize=11)
     handles = [
         *(
-            Line2D([], [], linestyle="", marker="o", color=color, label=f"images of {digit}")
+            Line2D([], [], linestyle="", marker="o", color=color, label=f"a {digit}")
             for digit, color in zip(DIGITS, COLORS, strict=True)
         ),
         Line2D([], [], linestyle="", marker="o", color="black", mfc="white", label="class mean"),
         Line2D([], [], linestyle="", marker="X", color="black", label="learned center"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=11)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=5,
+        fontsize=11,
+        columnspacing=1,
+        handletextpad=0.2,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=180)
 
 
 def _panel(axes: Axes, step: Step, labels: Tensor) -> None:

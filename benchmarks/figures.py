@@ -48,10 +48,11 @@ def speed(
         axes.axvline(floor, color="black", linestyle="--", linewidth=1)
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlim(left=floor / 1.5)
+        axes.set_xlim(left=min([floor, *(time for time in times if time > 0)]) / 1.5)
         for row, milliseconds in zip(rows, times, strict=True):
             absent = math.isnan(milliseconds)
-            label = " does not fit in memory" if absent else f" {milliseconds:.3g}"
+            digits = ",.0f" if milliseconds >= 1000 else ".3g"
+            label = " does not fit in memory" if absent else f" {milliseconds:{digits}}"
             axes.text(floor if absent else milliseconds, row, label, va="center", fontsize=7)
         axes.set_yticks(rows, [one.name for one in chosen], fontsize=7)
         axes.invert_yaxis()
