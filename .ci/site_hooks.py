@@ -1,4 +1,4 @@
-"""Hooks of the site's generator: formulas, the recipes' programs, and pages measured later."""
+"""Hooks of the site's generator: formulas, pictures and the recipes' programs."""
 
 import re
 from html import unescape
@@ -6,22 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
-from mkdocs.structure.files import File
 
 RECIPES = Path(__file__).parent.parent / "docs" / "recipes"
-MEASURED = {"benchmarks/speed.md": "Speed", "benchmarks/scale.md": "Scale", "quality.md": "Quality"}
-PLOTS = "benchmarks/speed.svg", "benchmarks/scale.svg"
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
-
-
-def on_files(files: Any, config: Any) -> Any:
-    """Pages and plots that `python -m benchmarks` has not written yet say so."""
-    texts = {path: f"# {title}\n\nNot measured yet.\n" for path, title in MEASURED.items()}
-    texts |= dict.fromkeys(PLOTS, '<svg xmlns="http://www.w3.org/2000/svg" height="1"/>')
-    for path, text in texts.items():
-        if files.get_file_from_path(path) is None:
-            files.append(File.generated(config, path, content=text))
-    return files
+PICTURE = re.compile(r'<img [^>]*?src="([^"]+)"[^>]*>')
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -38,8 +26,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Formulas as MathML, which browsers draw without a script."""
-    return FORMULA.sub(_formula, html)
+    """Formulas as MathML, which browsers draw without a script; pictures open in full size."""
+    return PICTURE.sub(r'<a href="\1">\g<0></a>', FORMULA.sub(_formula, html))
 
 
 def _formula(found: re.Match[str]) -> str:

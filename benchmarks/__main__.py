@@ -7,6 +7,7 @@ COMMANDS = {
     "speed": "what a step costs, beside other losses and beside what no step can go under",
     "scale": "how time and memory grow with classes and samples",
     "quality": "whether it helps: accuracy, compactness, separation",
+    "course": "a picture of classes coming together and apart over training",
 }
 
 

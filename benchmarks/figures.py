@@ -1,4 +1,4 @@
-"""Plots of speed and scale, on white, so that they are legible in dark pages as well."""
+"""Plots of speed and scale. All our pictures are on white, and so legible in dark pages as well."""
 
 import io
 import math
@@ -15,7 +15,7 @@ from matplotlib.ticker import NullFormatter
 from benchmarks import report
 from benchmarks.contenders import Contender, Size
 
-__all__ = ["scale", "speed"]
+__all__ = ["cost", "scale", "speed"]
 
 ROLES = {
     "ours": ("#0b6e4f", "this library"),
@@ -24,6 +24,11 @@ ROLES = {
     "head": ("#9a9a9a", "in the classifier's place"),
 }
 FORMS = {"paper": "#0b6e4f", "gradient": "#3a7ca5", "textbook": "#c1440e"}
+NAMES = {
+    "paper": "SeparateLoss, paper's update",
+    "gradient": 'SeparateLoss, center_update="gradient"',
+    "textbook": "the sum over pairs, as it stands in the paper",
+}
 
 
 def speed(
@@ -43,10 +48,11 @@ def speed(
         axes.axvline(floor, color="black", linestyle="--", linewidth=1)
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlim(left=floor / 1.5)
+        axes.set_xlim(left=min([floor, *(time for time in times if time > 0)]) / 1.5)
         for row, milliseconds in zip(rows, times, strict=True):
             absent = math.isnan(milliseconds)
-            label = " does not fit in memory" if absent else f" {milliseconds:.3g}"
+            digits = ",.0f" if milliseconds >= 1000 else ".3g"
+            label = " does not fit in memory" if absent else f" {milliseconds:{digits}}"
             axes.text(floor if absent else milliseconds, row, label, va="center", fontsize=7)
         axes.set_yticks(rows, [one.name for one in chosen], fontsize=7)
         axes.invert_yaxis()
@@ -75,6 +81,32 @@ def scale(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], path:
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].legend(fontsize=9)
+    _save(figure, path)
+
+
+def cost(forms: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Time and memory over classes alone, and the floor of time where it was measured."""
+    figure = Figure(figsize=(9, 4), layout="constrained", facecolor="white")
+    panels = figure.subplots(1, 2)
+    for axes, (key, unit) in zip(panels, (("median", 1e3), ("peak", 2**-20)), strict=True):
+        for form, points in forms.items():
+            shown = [point for point in points if point.get(key)]
+            ys = [unit * point[key] for point in shown]
+            xs = [point["num_classes"] for point in shown]
+            axes.loglog(xs, ys, "o-", color=FORMS[form], label=NAMES[form])
+        axes.set_xlabel("classes")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    points = [point for point in next(iter(forms.values())) if "floor" in point]
+    floors = [1e3 * point["floor"] for point in points]
+    if floors:
+        classes = [point["num_classes"] for point in points]
+        name = "the floor: centers read once, written once"
+        panels[0].loglog(classes, floors, "--", color="black", label=name)
+    panels[0].set_title("milliseconds a step", fontsize=11)
+    panels[1].set_title("MiB beyond features, target and centers", fontsize=11)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=10)
     _save(figure, path)
 
 

@@ -16,6 +16,7 @@ import torch
 import separate_loss
 
 __all__ = [
+    "REDRAW",
     "Results",
     "add_options",
     "duration",
@@ -28,13 +29,17 @@ __all__ = [
     "write",
 ]
 
+REDRAW = "pages and plots from the figures in --output, measuring nothing"
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What every benchmark takes: where to run, where to write."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="a directory")
-    parser.add_argument("--fresh", action="store_true", help="drop figures of an earlier run")
+    runs = parser.add_mutually_exclusive_group()
+    runs.add_argument("--fresh", action="store_true", help="drop figures of an earlier run")
+    runs.add_argument("--redraw", action="store_true", help=REDRAW)
 
 
 def output(options: argparse.Namespace, name: str, suffix: str) -> Path:
@@ -103,22 +108,35 @@ class Results:
             machine, another version or another state of the package do not mix: the run stops.
         device: what the environment names.
         fresh: forgets what the file holds.
+        redraw: measures nothing, and takes figures of any machine, version and state.
     """
 
     def __init__(
-        self, path: Path, settings: Mapping[str, Any], *, device: str = "cpu", fresh: bool = False
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        *,
+        device: str = "cpu",
+        fresh: bool = False,
+        redraw: bool = False,
     ) -> None:
         self.path = path
+        self.redraw = redraw
         # As it comes back from the file.
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))
         self.environment = environment(device)
         self.measured: dict[str, Any] = {}
+        if redraw and not path.exists():
+            raise SystemExit(f"{path} is missing: there is nothing to redraw")
         if path.exists() and not fresh:
             self._go_on(json.loads(path.read_text()))
 
     def _go_on(self, stored: dict[str, Any]) -> None:
         for kind, now in (("settings", self.settings), ("environment", self.environment)):
             then = stored[kind]
+            if self.redraw and kind == "environment":
+                self.environment = then
+                continue
             for key in sorted({*then, *now} - {"date"}):
                 if then.get(key) != now.get(key):
                     raise SystemExit(
@@ -134,6 +152,8 @@ class Results:
         `measure` returns what JSON takes, without NaN or infinity: None says that there is none.
         """
         if name not in self.measured:
+            if self.redraw:
+                raise SystemExit(f"{self.path} has no figures for {name}")
             # Through JSON, so that a fresh result and one read back are the same.
             self.measured[name] = json.loads(json.dumps(measure(), allow_nan=False))
             self.save()

@@ -40,7 +40,7 @@ Curves = dict[str, dict[str, list[dict[str, Any]]]]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parses the command line, measures what is not yet measured, and writes all three files."""
+    """Parses the command line, measures what is not yet measured, and writes all files."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks scale", description=__doc__)
     report.add_options(parser)
     parser.add_argument("--quick", action="store_true", help="up to 100,000 classes, briefly")
@@ -51,12 +51,14 @@ def main(arguments: list[str] | None = None) -> None:
     samples = options.samples or (NUM_SAMPLES[::2] if options.quick else NUM_SAMPLES)
     seconds = 0.05 if options.quick else 0.5
     torch.set_num_threads(options.threads)
-    warn_of_load()
+    if not options.redraw:
+        warn_of_load()
     results = report.Results(
         report.output(options, "scale", ".json"),
         {"classes": list(classes), "samples": list(samples), "seconds": seconds},
         device=options.device,
         fresh=options.fresh,
+        redraw=options.redraw,
     )
 
     sizes = {
@@ -78,6 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = _page(results, curves)
     report.write(report.output(options, "scale", ".md"), text)
     figures.scale(curves, report.output(options, "scale", ".svg"))
+    figures.cost(curves["num_classes"], report.output(options, "cost", ".svg"))
     print(text)
 
 
@@ -98,7 +101,7 @@ def _contender(form: str) -> Contender:
 
 
 def _in_a_process(form: str, size: Size, device: str, threads: int, seconds: float) -> None:
-    """Prints peak and time of one point as JSON."""
+    """Prints peak and time of one point, and the floor below it, as JSON."""
     torch.set_num_threads(threads)
     contender = _contender(form)
     identity = contenders.as_it_is
@@ -108,7 +111,8 @@ def _in_a_process(form: str, size: Size, device: str, threads: int, seconds: flo
     step = contender.build(Problem.draw(size, device), identity)
     peak = _peak(step, device)
     timing = measure(step, threads=threads, seconds=seconds)
-    print(json.dumps({**timing, "peak": peak}))
+    bound = measure(contenders.floor(size, device), threads=threads, seconds=seconds / 2)
+    print(json.dumps({**timing, "peak": peak, "floor": bound["median"]}))
 
 
 def _peak(step: Any, device: str) -> int | None:

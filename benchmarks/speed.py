@@ -47,12 +47,14 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = options.sizes or (SIZES[:3] if options.quick else SIZES)
     seconds = 0.04 if options.quick else 0.5
     torch.set_num_threads(options.threads)
-    warn_of_load()
+    if not options.redraw:
+        warn_of_load()
     results = report.Results(
         report.output(options, "speed", ".json"),
         {"sizes": [list(size) for size in sizes], "seconds": seconds, "images": options.images},
         device=options.device,
         fresh=options.fresh,
+        redraw=options.redraw,
     )
 
     chosen = [one for one in CONTENDERS if not (options.quick and one.compiled)]

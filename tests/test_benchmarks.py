@@ -86,9 +86,29 @@ def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     goes_on(tmp_path, "scale", run, "(256, 128, 10) textbook", "(8, 128, 20) paper")
     measured = json.loads((tmp_path / "scale.json").read_text())["measured"]
     assert "not attempted" in measured["(256, 128, 30) textbook"]["skipped"]
+    assert measured["(256, 128, 10) textbook"]["floor"] > 0
+    assert "floor" in (tmp_path / "cost.svg").read_text()
     page = (tmp_path / "scale.md").read_text()
     assert "it fits up to about 24 classes; 30, which" in page
     assert re.search(r"Slope, paper: time -?\d+\.\d\d", page)
+
+
+@pytest.mark.parametrize("name", ["speed", "scale"])
+def test_the_pages_shown_are_those_of_the_figures(name: str, tmp_path: Path) -> None:
+    shown = Path(__file__).parent.parent / "docs" / "benchmarks"
+    with pytest.raises(SystemExit, match="nothing to redraw"):
+        main([name, "--redraw", "--output", str(tmp_path)])
+    copy = tmp_path / f"{name}.json"
+    copy.write_text((shown / copy.name).read_text())
+    main([name, "--redraw", "--output", str(tmp_path)])
+    for path in tmp_path.iterdir():
+        assert path.read_text() == (shown / path.name).read_text(), path.name
+
+    figures = json.loads(copy.read_text())
+    figures["measured"].popitem()
+    copy.write_text(json.dumps(figures))
+    with pytest.raises(SystemExit, match="has no figures for"):
+        main([name, "--redraw", "--output", str(tmp_path)])
 
 
 @pytest.mark.parametrize("contender", EAGER, ids=lambda one: one.name)

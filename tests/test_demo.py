@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import demo
+from benchmarks import course, demo
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,3 +42,20 @@ def test_demo_refuses_nonsense(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         demo.main(["--seeds", "0"])
     assert "--seeds and --epochs must be at least 1" in capsys.readouterr().err
+
+
+def test_the_course_is_the_same_each_time(tmp_path: Path) -> None:
+    paths = [tmp_path / "one" / "course.png", tmp_path / "two" / "course.png"]
+    for path in paths:
+        course.main(["--epochs", "1", "0", "--output", str(path)])
+    one, two = (path.read_bytes() for path in paths)
+    assert one.startswith(b"\x89PNG")
+    assert one == two
+
+
+def test_three_classes_as_far_apart_as_can_be_lie_in_the_plane_of_the_course() -> None:
+    """Rows that sum to zero, 120 degrees apart, turned into more dimensions."""
+    flat = torch.tensor([[0, 1], [3**0.5 / 2, -0.5], [-(3**0.5) / 2, -0.5]], dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
+    means = flat @ turn[:2]
+    torch.testing.assert_close(means @ course._plane(means), flat)

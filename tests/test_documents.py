@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 
 import separate_loss
 from tests.public_api import public_names
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^([ \t]*)```(\w*)[^\n]*\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -45,6 +47,54 @@ def test_no_python_hides_under_another_name() -> None:
     languages = {language for path in DOCUMENTS for language, _ in blocks(path)}
     assert languages <= {"", "python"}
     assert {path.name for path in DOCUMENTS if programs(path)} >= {"README.md", "maths.md"}
+
+
+def links(document: Path) -> Iterator[tuple[bool, str, Path, str | None]]:
+    """Whether it is a picture, text, target and anchor of each link, outside of code."""
+    text = re.sub(r"`[^`\n]+`", "code", BLOCK.sub("", document.read_text()))
+    for picture, label, path, anchor in LINK.findall(text):
+        yield bool(picture), label, (document.parent / path if path else document), anchor or None
+
+
+def headings(document: Path) -> set[str]:
+    """Anchors of a page, as they are made where it is shown."""
+    found = re.findall(r"^#+ (.*)$", BLOCK.sub("", document.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_of_what_the_site_does_not_check(name: str) -> None:
+    """`make docs` fails at a broken link of the pages in docs/."""
+    for _, _, target, anchor in links(ROOT / name):
+        assert target.exists(), target
+        assert anchor is None or anchor in headings(target), f"{target}#{anchor}"
+
+
+def pictures() -> Iterator[tuple[Path, str]]:
+    for document in DOCUMENTS:
+        yield from ((path.resolve(), text) for shown, text, path, _ in links(document) if shown)
+
+
+def test_pictures_have_a_text_in_their_place() -> None:
+    found = list(pictures())
+    assert {"course.png", "cost.svg"} <= {path.name for path, _ in found}
+    for path, text in found:
+        assert path.exists(), path
+        assert len(text.split()) >= 5, f"{path}: {text!r}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted({path for path, _ in pictures()}), ids=lambda path: path.name
+)
+def test_pictures_stand_on_white(path: Path) -> None:
+    """Black on transparent would be lost in a dark page."""
+    if path.suffix == ".svg":
+        background = re.search(r'<g id="patch_1">.*?</g>', path.read_text(), re.DOTALL)
+        assert background
+        assert "fill: #ffffff" in background[0]
+    else:
+        corners = imread(path)[[0, 0, -1, -1], [0, -1, 0, -1]]
+        assert (corners == 1).all()
 
 
 def test_every_public_name_has_an_example() -> None:

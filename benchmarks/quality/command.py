@@ -14,7 +14,7 @@ from benchmarks.quality import figures, pictures, runs, tables
 from benchmarks.quality.jobs import execute
 from benchmarks.quality.settings import FULL, QUICK, DataName, Setting
 from benchmarks.quality.study import Record, Study
-from benchmarks.report import Results, write
+from benchmarks.report import REDRAW, Results, write
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -26,7 +26,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="little of everything, in minutes")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks/quality"))
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--fresh", action="store_true", help="drop what --output holds")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--fresh", action="store_true", help="drop what --output holds")
+    kept.add_argument("--redraw", action="store_true", help=REDRAW)
     options = parser.parse_args(arguments)
     if options.workers < 1:
         parser.error("--workers must be at least 1")
@@ -43,7 +45,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     began = time.perf_counter()
     settings = {"scale": scale._asdict(), "faces": mark, "workers": options.workers}
-    results = Results(options.output / "results.json", settings, fresh=options.fresh)
+    results = Results(
+        options.output / "results.json", settings, fresh=options.fresh, redraw=options.redraw
+    )
 
     def measure(wanted: Iterable[Setting], detailed: bool) -> Mapping[Setting, Record]:
         named = {setting.key(): setting for setting in wanted}

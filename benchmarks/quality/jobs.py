@@ -18,6 +18,8 @@ def execute(jobs: Mapping[str, Job], results: Results, workers: int) -> None:
     # Long and short ones mixed, so that the time left can be told from the start.
     random.Random(0).shuffle(names)
     missing = {name: jobs[name] for name in names}
+    if missing and results.redraw:
+        raise SystemExit(f"{results.path} has no figures for {names[0]}")
     if missing:
         print(f"{len(missing)} of {len(jobs)} runs to do", flush=True)
     began = time.perf_counter()
