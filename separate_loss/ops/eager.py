@@ -16,6 +16,7 @@ from separate_loss._checks import can_read
 
 # A block of centers stays in the processor's cache from one pass over it to the next.
 BLOCK_ELEMENTS = 2**20
+PARTS = 16
 # So few, that the directions of all centers cost less than those of each sample's.
 FEW_ELEMENTS = 2**16
 
@@ -60,13 +61,20 @@ def _blocks(*per_class: Tensor) -> list[tuple[Tensor, ...]]:
 
 def norms_and_total(centers: Tensor) -> tuple[Tensor, Tensor]:
     """The centers' norms (C,) and the sum of their directions (d,), from one reading."""
-    norms, totals = [], []
-    for (block,) in _blocks(centers):
-        norms.append(_norms(block))
-        totals.append(matmul(norms[-1].reciprocal(), block))
-    if len(norms) == 1:
-        return norms[0], totals[0]
-    return torch.cat(norms), torch.stack(totals).sum(0)
+    blocks = _blocks(centers)
+    if len(blocks) == 1:
+        norms = _norms(centers)
+        return norms, matmul(norms.reciprocal(), centers)
+    found, totals = [], []
+    for (block,) in blocks:
+        norms = _norms(block)
+        found.append(norms)
+        # A product with a vector runs on one thread, and several of them on all.
+        even = len(block) // PARTS * PARTS
+        weights = norms.reciprocal()
+        parts = weights[:even].view(PARTS, 1, -1), block[:even].view(PARTS, -1, block.shape[1])
+        totals += [matmul(*parts).sum((0, 1)), matmul(weights[even:], block[even:])]
+    return torch.cat(found), torch.stack(totals).sum(0)
 
 
 def _along(vector: Tensor, centers: Tensor, norms: Tensor) -> Tensor:
