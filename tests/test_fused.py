@@ -204,6 +204,22 @@ def test_derivatives_of_first_and_second_order() -> None:
         assert gradgradcheck(loss, leaves)
 
 
+def test_batches_of_gradients_by_vmap() -> None:
+    problem = draw(4, 3, 5)
+    features, centers = problem.requiring_grad()
+    loss = separate_loss(features, problem.target, centers)
+    assert takes_kernels(loss)
+
+    def gradients(by: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, (features, centers), by, retain_graph=True)
+
+    of_features, of_centers = vmap(gradients)(torch.tensor([1.0, 2.0]))
+    for i in range(2):
+        torch.testing.assert_close(
+            (of_features[i], of_centers[i]), gradients(torch.tensor(i + 1.0))
+        )
+
+
 def test_gradients_of_the_features_are_those_of_centers_before_they_move() -> None:
     criterion = SeparateLoss(4, 3, center_init="sphere", dtype=torch.float64)
     problem = draw(5, 3, 4, torch.float64)

@@ -21,6 +21,7 @@ import triton
 from torch import Tensor
 from torch.library import custom_op
 
+from separate_loss._checks import under_vmap
 from separate_loss.ops import eager, kernels
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -190,8 +191,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     features, target, centers, numbers, rows, samples, classes, total = ctx.saved_tensors
     of_features = of_centers = None
     if grad is not None:
-        batched = torch._C._functorch.is_legacy_batchedtensor(grad)
-        if torch.is_grad_enabled() or batched:
+        if torch.is_grad_enabled() or under_vmap(grad):
             return _eager_backward(ctx, grad)
         batch = grad, features, target
         if ctx.needs_input_grad[0]:
