@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -371,9 +372,9 @@ def test_launches_of_a_step(center_update: Any, most: int, monkeypatch: pytest.M
     assert len(launches.names) <= most, launches.names
 
 
-def test_kernels_compile_for_gpus() -> None:
+def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
     """Ahead of time, with the assembler that Triton brings; in a process without interpreter."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     program = [sys.executable, "-m", "tests.compile_kernels"]
     found = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr

@@ -115,7 +115,7 @@ def _features_gradient(
 def _move(
     grad: Tensor, features: Tensor, target: Tensor, centers: Tensor, numbers: Tensor,
     samples: Tensor, classes: Tensor, total: Tensor, out: Tensor, ignore_index: int,
-    rate: float = 0, *, paper: bool = False, start: bool = False,
+    rate: float = 0.0, *, paper: bool = False, start: bool = False,
 ) -> None:  # fmt: skip
     features, target = features.contiguous(), target.contiguous()
     num_classes, d = centers.shape
@@ -133,9 +133,7 @@ def _centers_gradient(
 ) -> Tensor:  # fmt: skip
     centers = centers.contiguous()
     out = torch.empty_like(centers)
-    _move(
-        grad, features, target, centers, numbers, samples, classes, total, out, ignore_index
-    )  # fmt: skip
+    _move(grad, features, target, centers, numbers, samples, classes, total, out, ignore_index)
     return out
 
 
