@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime import interpreter
 
 from separate_loss import SeparateLoss, separate_loss
-from separate_loss.ops import dispatch, fused
+from separate_loss.ops import dispatch, fused, kernels
 from tests import reference
 from tests.properties import Problem, assert_equal, holds_for, problems
 
@@ -174,6 +175,42 @@ def test_extreme_vectors(norm: float, where: str) -> None:
     vectors = getattr(problem, where)
     vectors[0] *= norm / vectors[0].norm()
     assert_same(problem, torch.float32, start=True)
+
+
+def test_centers_beyond_what_32_bits_can_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of 2**31 values and more; of the memory only what is touched is ever there."""
+    num_classes, d = 2**17 + 1, 2**14
+    centers = torch.from_numpy(np.zeros((num_classes, d), np.int16)).view(torch.bfloat16)
+    centers[-1, 0] = 4
+    classes, samples = torch.zeros(2, num_classes), torch.zeros(2, 1)
+    partial, total, numbers = torch.zeros(2 * (d + 1)), torch.zeros(d), torch.ones(5)
+    features, target = torch.ones(1, d), torch.tensor([num_classes - 1])
+    sizes = 1, num_classes, d, -100
+    form = fused._rows(num_classes, fused._form(total, d)) | {"ROWS": 1}
+    builder: Any = interpreter.interpreter_builder
+    set_index = builder.set_grid_idx
+
+    def run_last(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(builder, "set_grid_dim", lambda *_: None)
+            patch.setattr(builder, "grid_dim", (programs, 1, 1), raising=False)
+            patch.setattr(builder, "set_grid_idx", lambda *_: set_index(programs - 1, 0, 0))
+            kernel[(1,)](*arguments, **constants)
+
+    batch = features, target, centers
+    blocks = 2, num_classes - 1
+    run_last(kernels.read, 2, *batch, partial, classes, samples, total, *sizes, *blocks, **form)
+    assert classes[0, -1] == 0.25
+    assert partial[d] == 1
+    classes[:, -1] = torch.tensor([0.0, 1.0])
+    samples[:] = torch.tensor([[0.5], [1 / 128]])
+    left = samples, classes, total, numbers
+    run_last(
+        kernels.move, num_classes, numbers, *batch, *left, centers, *sizes, 1.0,
+        PAPER=True, START=True, **form,
+    )  # fmt: skip
+    assert centers[-1, 1:].unique().tolist() == [1 / 128]
+    assert not centers[0].any()
 
 
 def test_samples_that_are_not_finite_move_nothing() -> None:

@@ -52,7 +52,7 @@ def read(
         first = program.to(tl.int64) * rows_each
         last = tl.minimum(first + rows_each, num_classes)
         for start in range(first, last, ROWS):
-            row = start + tl.arange(0, ROWS)
+            row = start + tl.arange(0, ROWS).to(tl.int64)
             mask = row < last
             both = mask[:, None] & inside[None, :]
             tile = tl.load(centers + row[:, None] * d + columns[None, :], both, other=0.0).to(ACC)
