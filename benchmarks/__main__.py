@@ -1,4 +1,4 @@
-"""`python -m benchmarks speed`, `scale` or `quality`, each with `--help` of its own."""
+"""`python -m benchmarks speed`, `scale`, `quality` or `gpu`, each with `--help` of its own."""
 
 import argparse
 from importlib import import_module
@@ -8,6 +8,7 @@ COMMANDS = {
     "scale": "how time and memory grow with classes and samples",
     "quality": "whether it helps: accuracy, compactness, separation",
     "course": "a picture of classes coming together and apart over training",
+    "gpu": "whether the fused kernels reach their bars, on a CUDA GPU",
 }
 
 

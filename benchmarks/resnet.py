@@ -18,14 +18,23 @@ TURNS = 5
 
 
 def share(
-    *, images: int, batch_size: int, device: str, threads: int, seconds: float
+    *,
+    images: int,
+    batch_size: int,
+    device: str,
+    threads: int,
+    seconds: float,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Medians of the step without and with the loss, in turns, and of the loss alone.
+
+    A `dtype` of 16 bits is that of autocast for the model, and of the features.
 
     In turns, because what else the machine does changes more in minutes than the loss adds.
     """
     without, with_loss = (
-        _training_step(images, batch_size, device, separate=separate) for separate in (False, True)
+        _training_step(images, batch_size, device, dtype, separate=separate)
+        for separate in (False, True)
     )
     turns = [
         [measure(step, threads=threads, seconds=seconds)["median"] for step in (without, with_loss)]
@@ -33,7 +42,9 @@ def share(
     ]
     size = Size(batch_size, FEATURE_DIM, NUM_CLASSES)
     contender = next(one for one in CONTENDERS if one.name == "SeparateLoss, paper")
-    step = contender.step(Problem.draw(size, device))
+    problem = Problem.draw(size, device)
+    features = problem.features.detach().to(dtype).requires_grad_()
+    step = contender.step(problem._replace(features=features))
     alone = measure(step, threads=threads, seconds=seconds)
     return {
         "images": images,
@@ -44,7 +55,9 @@ def share(
     }
 
 
-def _training_step(images: int, batch_size: int, device: str, *, separate: bool) -> Step:
+def _training_step(
+    images: int, batch_size: int, device: str, dtype: torch.dtype, *, separate: bool
+) -> Step:
     torch.manual_seed(0)
     # As torchvision has it: stride 2 at the start, shortcuts by 1 x 1 convolution without bias.
     backbone = resnet18(
@@ -62,8 +75,10 @@ def _training_step(images: int, batch_size: int, device: str, *, separate: bool)
     target = torch.arange(batch_size, device=device) % NUM_CLASSES
 
     def step() -> None:
-        features = model["backbone"](batch)
-        loss = F.cross_entropy(model["head"](features), target)
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            features = model["backbone"](batch)
+            logits = model["head"](features)
+        loss = F.cross_entropy(logits.float(), target)
         if criterion is not None:
             loss = loss + 0.9 * criterion(features, target)
         optimizer.zero_grad()

@@ -177,7 +177,7 @@ def split_ignored(
     if not can_read(target):
         kept = target != ignore_index
         target = target.where(kept, 0)
-        if torch.compiler.is_compiling() or not _under_vmap(target):
+        if torch.compiler.is_compiling() or not under_vmap(target):
             torch._assert_async(
                 ((target >= 0) & (target < num_classes)).all(),
                 f"target must hold class indices in [0, {num_classes}) or ignore_index",
@@ -203,10 +203,11 @@ def split_ignored(
 def can_read(value: Tensor) -> bool:
     """Whether Python may look at the values: on the CPU, and not while tracing or under vmap."""
     plain = value.is_cpu and type(value) in (Tensor, Parameter)
-    return plain and not torch.compiler.is_compiling() and not _under_vmap(value)
+    return plain and not torch.compiler.is_compiling() and not under_vmap(value)
 
 
-def _under_vmap(value: Tensor) -> bool:
+def under_vmap(value: Tensor) -> bool:
+    """Whether the tensor stands for a batch of tensors."""
     if torch._C._functorch.is_legacy_batchedtensor(value):  # is_grads_batched=True
         return True
     while torch._C._functorch.is_functorch_wrapped_tensor(value):

@@ -13,7 +13,7 @@ autocast region runs the matrix products of class probabilities in half precisio
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from separate_loss._checks import (
     check_vectors,
     split_ignored,
 )
+
+if TYPE_CHECKING:
+    from separate_loss.ops.fused import Step
 
 __all__ = [
     "inter_class_loss",
@@ -197,6 +200,10 @@ def separate_loss(
 
     """
     check_choice("reduction", reduction, Reduction)
+    if reduction == "mean":
+        step = read_fused(features, target, centers, weight, ignore_index)
+        if step is not None:
+            return step.loss
     reading = read(features, target, centers, weight, ignore_index)
     loss = reduce(reading.intra, reading.batch.mass, reading.inter, reduction)
     return loss.reshape(features.shape[:-1]) if reduction == "none" else loss
@@ -252,6 +259,11 @@ def update_centers(
     """
     check_rate("center_lr", center_lr)
     with torch.no_grad():
+        step = read_fused(features, target, centers, None, ignore_index)
+        if step is not None:
+            moved = centers.clone()
+            step.move_(moved, center_lr, start=False)
+            return moved
         reading = read(features, target, centers, None, ignore_index)
         moved = reading.batch.centers.clone()
         move_centers_(moved, reading, center_lr)
@@ -294,13 +306,8 @@ def read_batch(
     num_classes: int | None = None,
 ) -> Batch:
     """Checks and brings together; `num_classes` where the centers are a part of them."""
-    check_int("ignore_index", ignore_index)
-    if num_classes is None:
-        check_centers("centers", centers)
-        num_classes = centers.shape[0]
+    num_classes = _check(features, target, centers, weight, ignore_index, num_classes)
     feature_dim = centers.shape[1]
-    check_batch(features, target, num_classes)
-    check_beside_centers(features, centers, weight)
 
     dtype = _compute_dtype(features, centers)
     features = features.to(dtype)
@@ -319,6 +326,38 @@ def read_batch(
             mass = weight.index_select(0, target)
             mass = mass if counted is None else mass * counted
     return Batch(features, target, counted, mass, centers.to(dtype), weight)
+
+
+def _check(
+    features: Tensor,
+    target: Tensor,
+    centers: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    num_classes: int | None = None,
+) -> int:
+    check_int("ignore_index", ignore_index)
+    if num_classes is None:
+        check_centers("centers", centers)
+        num_classes = centers.shape[0]
+    check_batch(features, target, num_classes)
+    check_beside_centers(features, centers, weight)
+    return num_classes
+
+
+def read_fused(
+    features: Tensor, target: Tensor, centers: Tensor, weight: Tensor | None, ignore_index: int
+) -> "Step | None":
+    """What `read` and the mean reduction yield, by fused kernels; None where they do not serve."""
+    if weight is not None or not ops.may_fuse(centers):
+        return None
+    _check(features, target, centers, weight, ignore_index)
+    kernels = ops.kernels_for(features, target, centers)
+    if kernels is None:
+        return None
+    features = features.reshape(-1, centers.shape[1])
+    step: Step = kernels.read(features, target.reshape(-1), centers, ignore_index)
+    return step
 
 
 def read(

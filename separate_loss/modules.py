@@ -23,7 +23,7 @@ from separate_loss.distributed import (
     start_equal,
     sum_over,
 )
-from separate_loss.functional import Reading, move_centers_, read, reduce
+from separate_loss.functional import Reading, move_centers_, read, read_fused, reduce
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -159,6 +159,13 @@ class SeparateLoss(nn.Module):
         learning = torch.is_grad_enabled() and self.centers.requires_grad
         group = group_of(self.processes) if moving or learning else None
         centers = self.centers if group is None else self._shared(group)
+        if self.reduction == "mean" and not (moving and group is not None):
+            step = read_fused(features, target, centers, self.weight, self.ignore_index)
+            if step is not None:
+                self.last_terms = Terms(step.intra, step.inter)
+                if moving:
+                    step.move_(centers, self.center_lr, start=self.center_init == "features")
+                return step.loss
         reading = read(features, target, centers, self.weight, self.ignore_index)
         intra, inter, mass = reading.intra, reading.inter, reading.batch.mass
         mean = reduce(intra, mass, None, "mean")

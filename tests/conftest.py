@@ -7,6 +7,9 @@ from hypothesis import HealthCheck, settings
 
 from tests import properties
 
+# Before anything imports Triton: its kernels then run on the CPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 settings.register_profile("ci", max_examples=60, derandomize=True, deadline=None, print_blob=True)
 settings.register_profile(
     "fuzz",

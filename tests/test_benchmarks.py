@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -10,7 +11,7 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 
-from benchmarks import contenders, report, resnet, scale
+from benchmarks import contenders, gpu, report, resnet, scale
 from benchmarks.__main__ import main
 from benchmarks.contenders import CONTENDERS, Contender, Problem, Size
 
@@ -71,6 +72,40 @@ def test_speed(
 
     with pytest.raises(SystemExit, match=r"holds figures for images 32, .* --fresh"):
         main(["speed", *options, "--images", "48", "--output", str(tmp_path)])
+
+
+def test_gpu_script_says_that_it_needs_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        main(["gpu"])
+    assert stopped.value.code == 2
+    assert "need a CUDA GPU, and torch finds none here" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_gpu_script_on_small_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the compiler and the count of launches, on the CPU in Triton's interpreter."""
+    small, large = Size(6, 4, 3), Size(4, 3, 9)
+    monkeypatch.setattr(resnet, "TURNS", 1)
+    monkeypatch.setattr(gpu, "SMALL", small)
+    monkeypatch.setattr(gpu, "LARGE", large)
+    monkeypatch.setattr(gpu, "CHECKED", (small, large))
+    monkeypatch.setattr(gpu, "IMAGES", 32)
+    monkeypatch.setattr(gpu, "BATCH_SIZE", 2)
+    monkeypatch.setattr(gpu, "SECONDS", 0.02)
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    main(["gpu", "--device", "cpu", "--threads", "1", "--output", str(tmp_path)])
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert {"torch", "gpu", "date"} <= set(found["environment"])
+    assert found["settings"]["triton"] == version("triton")
+    assert max(found["measured"]["agreement"].values()) <= 1
+    page = (tmp_path / "gpu.md").read_text()
+    assert re.search(r"\| difference from the eager form .* \| 0\.\d+ \| \*\*met\*\* \|", page)
+    assert f"| {small} paper: launches | at most 6 | 0 | not measured |" in page
+    for form in gpu.FORMS:
+        assert f"| {large} gradient {form} |" in page
 
 
 def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

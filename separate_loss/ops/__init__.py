@@ -1,8 +1,9 @@
 """Center-similarity operators, each with a closed-form gradient, which `functional` stands on.
 
-Every device is served by the eager form.
+The eager form serves every device; `kernels_for` says where one step in fused kernels may instead.
 """
 
+from separate_loss.ops.dispatch import kernels_for, may_fuse
 from separate_loss.ops.eager import (
     class_sums,
     compare,
@@ -24,7 +25,9 @@ __all__ = [
     "fewer_classes",
     "inter",
     "inter_by_count",
+    "kernels_for",
     "matmul",
+    "may_fuse",
     "move_by_sums_",
     "norms_and_total",
     "pull_by_index_",

@@ -1,0 +1,75 @@
+"""Which form of the step serves: the operators of `eager`, or the kernels of `fused`.
+
+The environment variable SEPARATE_LOSS_OPS, read once at import, is "auto", "eager" or "fused".
+Under "fused", what the kernels are made for runs on them or says why it cannot; what they are not
+made for goes to the eager form in any case.
+"""
+
+import os
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from separate_loss._checks import check_choice
+
+Choice = Literal["auto", "eager", "fused"]
+CHOICE = os.environ.get("SEPARATE_LOSS_OPS", "auto")
+check_choice("SEPARATE_LOSS_OPS", CHOICE, Choice)
+
+# Whether "auto" takes the kernels on CUDA. No GPU has run them yet.
+AUTO_TAKES_KERNELS = False
+
+HAS_TRITON = find_spec("triton") is not None and torch.version.hip is None
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# A program holds a row of features, and looks for the samples of a class one by one.
+MOST_FEATURES, MOST_SAMPLES = 2**14, 2**14
+
+
+def may_fuse(centers: object) -> bool:
+    """Whether the kernels come into question at all, for arguments that nobody checked yet."""
+    if CHOICE == "auto":
+        return AUTO_TAKES_KERNELS and HAS_TRITON and getattr(centers, "is_cuda", False)
+    return CHOICE == "fused"
+
+
+def kernels_for(features: Tensor, target: Tensor, centers: Tensor) -> ModuleType | None:
+    """The module `fused` where it serves these arguments, else None.
+
+    Raises:
+        RuntimeError: SEPARATE_LOSS_OPS=fused, and the kernels cannot run on them.
+
+    """
+    num_samples = target.numel()
+    if target.is_floating_point() or num_samples > MOST_SAMPLES:
+        return None
+    if centers.shape[1] > MOST_FEATURES:
+        return None
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
+        return None
+    hindrance = _hindrance(features, centers)
+    if hindrance is None:
+        from separate_loss.ops import fused  # noqa: PLC0415 - brings Triton
+
+        if centers.is_cuda or fused.INTERPRETED:
+            return fused
+        hindrance = (
+            f"tensors on {centers.device}, which needs Triton's interpreter: TRITON_INTERPRET=1"
+        )
+    if CHOICE == "fused":
+        raise RuntimeError(f"SEPARATE_LOSS_OPS=fused cannot run: {hindrance}")
+    return None
+
+
+def _hindrance(features: Tensor, centers: Tensor) -> str | None:
+    if not HAS_TRITON:
+        return "no Triton for CUDA is installed"
+    for tensor in (features, centers):
+        if tensor.dtype not in DTYPES:
+            return f"a tensor of {tensor.dtype}; expected {', '.join(map(str, DTYPES))}"
+    return None

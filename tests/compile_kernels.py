@@ -1,0 +1,84 @@
+"""Compiles for two GPUs, without one, every kernel that a step launches: run by test_fused.
+
+What the launches would hand to the compiler is what it gets: types, and 1 as a constant.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import mangle_type
+
+from separate_loss.ops import fused
+
+CASES: list[tuple[torch.dtype, torch.dtype, torch.dtype, tuple[int, int, int]]] = [
+    (torch.float32, torch.float32, torch.int64, (128, 512, 7)),
+    (torch.bfloat16, torch.float32, torch.int64, (1, 1, 2)),
+    (torch.float16, torch.float64, torch.uint8, (3, 100, 5000)),
+]
+
+
+def launches() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """Kernels and arguments of all cases; the kernels do not run."""
+    recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(kernel: Any, _: int, *arguments: Any, **constants: Any) -> None:
+        recorded.append((kernel, arguments, constants))
+
+    setattr(fused, "_launch", record)  # noqa: B010
+    for features_type, centers_type, target_type, (num_samples, d, num_classes) in CASES:
+        features = torch.zeros(num_samples, d, dtype=features_type)
+        centers = torch.zeros(num_classes, d, dtype=centers_type)
+        target = torch.zeros(num_samples, dtype=target_type)
+        loss, *left = fused._read(features, target, centers, -100)
+        numbers, rows, samples, classes, total = left
+        fused._features_gradient(loss, features, target, numbers, rows, samples, -100)
+        others = numbers, samples, classes, total, -100
+        fused._centers_gradient(loss, features, target, centers, *others)
+        fused._move_centers(centers, features, target, *others, 0.5, start=num_classes == 7)
+    yield from recorded
+
+
+def compiled(
+    kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], capability: int
+) -> Any:
+    options = {name: constants[name] for name in constants if name not in kernel.arg_names}
+    values = dict(zip(kernel.arg_names, arguments, strict=False))
+    fixed = {name: constants[name] for name in kernel.arg_names if name in constants}
+    fixed |= {name: 1 for name, value in values.items() if isinstance(value, int) and value == 1}
+    signature = {
+        name: "constexpr"
+        if name in fixed
+        else "fp64"  # annotated
+        if name == "rate"
+        else mangle_type(values[name])
+        for name in kernel.arg_names
+    }
+    aligned = {
+        (position,): [["tt.divisibility", 16]]
+        for position, name in enumerate(kernel.arg_names)
+        if isinstance(values.get(name), Tensor)
+        or (isinstance(values.get(name), int) and values[name] % 16 == 0)
+    }
+    source = ASTSource(kernel, signature, fixed, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def main() -> None:
+    done = set()
+    for kernel, arguments, constants in launches():
+        for capability in (80, 90):
+            binary = compiled(kernel, arguments, constants, capability)
+            assert len(binary.asm["cubin"]) > 0
+            done.add((kernel.__name__, capability))
+            print(kernel.__name__, capability, constants["WIDTH"], file=sys.stderr)
+    print(*sorted(done))
+
+
+if __name__ == "__main__":
+    main()
