@@ -156,12 +156,14 @@ def _functional(problem: Problem, wrap: Wrap) -> Step:
     return step
 
 
-def _module(center_update: Literal["paper", "gradient"]) -> Callable[[Problem, Wrap], Step]:
+def _module(
+    center_update: Literal["paper", "gradient"], *, moves: bool = False
+) -> Callable[[Problem, Wrap], Step]:
     def build(problem: Problem, wrap: Wrap) -> Step:
         features, _, num_classes = problem
         criterion = SeparateLoss(num_classes, features.shape[1], center_update=center_update)
         _scatter(criterion)
-        return _step(criterion, problem, wrap, moves=center_update == "gradient")
+        return _step(criterion, problem, wrap, moves=moves)
 
     return build
 
@@ -247,8 +249,12 @@ CONTENDERS = (
     Contender("functional, compiled", "ours", _functional, compiled=True),
     Contender("SeparateLoss, paper", "ours", _module("paper")),
     Contender("SeparateLoss, paper, compiled", "ours", _module("paper"), compiled=True),
-    Contender("SeparateLoss, gradient", "ours", _module("gradient")),
-    Contender("SeparateLoss, gradient, compiled", "ours", _module("gradient"), compiled=True),
+    Contender("SeparateLoss, gradient", "ours", _module("gradient", moves=True)),
+    Contender(
+        "SeparateLoss, gradient, compiled", "ours", _module("gradient", moves=True), compiled=True
+    ),
+    # What the loss does of it: the floor, too, ends with a gradient.
+    Contender("SeparateLoss, gradient, no step", "ours", _module("gradient")),
     Contender("SoftmaxSeparateLoss", "ours", _softmax_separate),
     Contender("SoftmaxSeparateLoss, compiled", "ours", _softmax_separate, compiled=True),
     Contender("textbook", "textbook", _TEXTBOOK, pairs=True),

@@ -23,10 +23,16 @@ ROLES = {
     "rival": ("#5a7d9a", "centers, proxies or triplets"),
     "head": ("#9a9a9a", "in the classifier's place"),
 }
-FORMS = {"paper": "#0b6e4f", "gradient": "#3a7ca5", "textbook": "#c1440e"}
+FORMS = {
+    "paper": "#0b6e4f",
+    "gradient": "#3a7ca5",
+    "gradient, no step": "#8ab6d6",
+    "textbook": "#c1440e",
+}
 NAMES = {
     "paper": "SeparateLoss, paper's update",
-    "gradient": 'SeparateLoss, center_update="gradient"',
+    "gradient": 'SeparateLoss, center_update="gradient", with SGD',
+    "gradient, no step": "the same, up to the centers' gradient",
     "textbook": "the sum over pairs, as it stands in the paper",
 }
 

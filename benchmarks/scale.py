@@ -31,8 +31,10 @@ SAMPLES, CLASSES = 256, 10_000
 FORMS = {
     "paper": "SeparateLoss, paper",
     "gradient": "SeparateLoss, gradient",
+    "gradient, no step": "SeparateLoss, gradient, no step",
     "textbook": "textbook",
 }
+FLOOR_AT = (100_000, 1_000_000)
 # Below, what Python and torch cost whatever the size flattens the curve.
 ASYMPTOTIC = {"num_classes": 30_000, "num_samples": 1_024}
 
@@ -160,13 +162,14 @@ def _table(axis: str, forms: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return report.table(header, rows)
 
 
-_OF = ("time", "peak memory")
+_OF = ("time", "/ floor", "peak memory")
 
 
-def _cells(point: Mapping[str, Any]) -> tuple[str, str]:
+def _cells(point: Mapping[str, Any]) -> tuple[str, str, str]:
     if "skipped" in point:
-        return "-", "-"
-    return report.duration(point["median"]), _memory(point["peak"])
+        return "-", "-", "-"
+    over = f"{point['median'] / point['floor']:.2f}" if point.get("floor") else "-"
+    return report.duration(point["median"]), over, _memory(point["peak"])
 
 
 def _slopes(axis: str, forms: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
@@ -203,6 +206,11 @@ def _bars(curves: Curves) -> str:
                 shown = "-" if slope is None else f"{slope:.2f}"
                 bar = f"{form}: slope of {name} in classes, {where}"
                 rows.append([bar, "1.1", shown, report.verdict(met)])
+        for point in points:
+            if point[axis] in FLOOR_AT and point.get("floor"):
+                ratio = point["median"] / point["floor"]
+                bar = f"{form}: time at {point[axis]:,} classes / floor"
+                rows.append([bar, "1.7", f"{ratio:.2f}", report.verdict(ratio <= 1.7)])
         beyond = [_beyond(form, one) for one in points if one[axis] == million]
         shown, met = "-", None
         if beyond and beyond[0] is not None:
@@ -218,7 +226,7 @@ def _beyond(form: str, point: Mapping[str, Any]) -> int | None:
     """Under the paper's update centers have no gradient: nothing is taken off for it."""
     if point.get("peak") is None:
         return None
-    gradient = 4 * point["num_classes"] * point["feature_dim"] if form == "gradient" else 0
+    gradient = 4 * point["num_classes"] * point["feature_dim"] if "gradient" in form else 0
     return int(point["peak"]) - gradient
 
 

@@ -29,7 +29,12 @@ SIZES = (
     Size(512, 512, 100_000),
 )
 # Forms of ours that the bars are held against: those that carry the loss alone.
-HELD = ("SeparateLoss, paper", "SeparateLoss, gradient", "functional")
+HELD = (
+    "SeparateLoss, paper",
+    "SeparateLoss, gradient",
+    "SeparateLoss, gradient, no step",
+    "functional",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:

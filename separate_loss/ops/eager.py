@@ -437,7 +437,7 @@ def move_by_sums_(
         block.addcdiv_(_across(step, block / norm), norm)
         if start:
             starting = norm.isinf() & (count_ >= 0.5)
-            block.copy_(torch.where(starting, unit(sums_)[0], block))
+            block.add_(unit(sums_)[0].where(starting, 0))
 
 
 def _intra_divisor(batch_size: Tensor | float, count: Tensor) -> Tensor:
