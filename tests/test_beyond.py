@@ -332,6 +332,7 @@ def test_only_what_is_clearly_better_wins() -> None:
     assert study.best["signed"] in {"samples", "soft maximum"}
     assert study.clearly("faces", "signed", "soft maximum", "softmax", "ece") == -1
     assert study.clearly("faces", "signed", "square of samples", "separate", "ece") == 1
+    assert study.nearest("signed") == "samples"
     assert not study.wins("signed", name_of("centers", centred=True))
 
 
