@@ -353,6 +353,9 @@ def test_the_whole_study_in_small(
     assert "runs to do" not in shown
     text = (tmp_path / "tables.md").read_text()
     assert text in shown
+    head, *runs = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    assert {name: whole[name]["accuracy"] for name in whole} == {run[0]: run[1] for run in runs}
+    assert {len(run) - 1 for run in runs} == {len(names) for names in head["figures"].values()}
     for expected in ("Who wins, signed features", "centred AUROC, digit 9", "CosFace head"):
         assert expected in text
     assert any(set(additions(best)) <= methods for best in SEPARATIONS)
