@@ -1,4 +1,4 @@
-"""`python -m benchmarks speed`, `scale`, `quality` or `gpu`, each with `--help` of its own."""
+"""`python -m benchmarks` and one of `COMMANDS`, each with `--help` of its own."""
 
 import argparse
 from importlib import import_module
@@ -7,6 +7,7 @@ COMMANDS = {
     "speed": "what a step costs, beside other losses and beside what no step can go under",
     "scale": "how time and memory grow with classes and samples",
     "quality": "whether it helps: accuracy, compactness, separation",
+    "beyond": "whether another separation than Eq. 3 helps more",
     "course": "a picture of classes coming together and apart over training",
     "gpu": "whether the fused kernels reach their bars, on a CUDA GPU",
 }

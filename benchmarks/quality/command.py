@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     source = runs.Source(options.data, scale.faces)
     data: tuple[DataName, ...] = ("digits",) if options.data is None else ("digits", "faces")
     try:
-        mark = None if options.data is None else _fingerprint(options.data)
+        mark = None if options.data is None else fingerprint(options.data)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     if options.data is None:
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\n{text}\n{options.output}: {(time.perf_counter() - began) / 60:.1f} min in all")
 
 
-def _fingerprint(path: Path) -> str:
+def fingerprint(path: Path) -> str:
     """Tells one set of faces from another."""
     faces = load(path)
     digest = hashlib.sha256(faces.images.tobytes() + faces.labels.tobytes()).hexdigest()

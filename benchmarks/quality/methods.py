@@ -77,13 +77,13 @@ def _gradient(problem: Problem) -> nn.Module:
     return SeparateLoss(problem.classes, problem.dim, center_update="gradient")
 
 
-def _balance(problem: Problem) -> Tensor:
+def balance(problem: Problem) -> Tensor:
     """Each class pulls its center as much as any other, however few its samples are."""
     return problem.counts.sum() / (problem.classes * problem.counts)
 
 
 def _balanced(problem: Problem) -> nn.Module:
-    weight = _balance(problem)
+    weight = balance(problem)
     return SeparateLoss(problem.classes, problem.dim, center_update="gradient", weight=weight)
 
 
@@ -93,7 +93,7 @@ class WeakInter(nn.Module):
     def __init__(self, problem: Problem, share: float) -> None:
         super().__init__()
         self.share = share
-        self.weight = _balance(problem)
+        self.weight = balance(problem)
         centers = torch.randn(problem.classes, problem.dim)
         self.centers = nn.Parameter(F.normalize(centers, dim=-1))
 

@@ -71,12 +71,13 @@ def run(setting: Setting, source: Source) -> tuple[dict[str, Any], Trained]:
     criterion = method.build(Problem(counts, setting.feature_dim, setting.strength))
     if method.is_head:
         model.classifier = CosineHead(criterion)
-    optimizers, schedule = _optimizers(model, criterion, method, setting, len(seen.labels))
+    total = setting.epochs * math.ceil(len(seen.labels) / setting.batch_size)
+    moving, schedule = optimizers(model, criterion, method, setting.rate, total)
     steps = training.train(
         model,
         seen,
-        _loss(criterion, method, setting.strength),
-        optimizers,
+        objective(criterion, method, setting.strength),
+        moving,
         epochs=setting.epochs,
         batch_size=setting.batch_size,
         seed=setting.seed,
@@ -116,25 +117,25 @@ def _network(setting: Setting, classes: int) -> nn.Module:
     return digits.DigitClassifier(setting.kind)
 
 
-def _loss(criterion: nn.Module | None, method: Method, strength: float) -> Loss:
+def objective(criterion: nn.Module | None, method: Method, strength: float) -> Loss:
+    """What is minimised: the head's loss, or softmax loss and the criterion's beside it."""
     if method.is_head and criterion is not None:
         return lambda features, _, labels: criterion(features, labels)
     return training.joint(criterion, strength)
 
 
-def _optimizers(
-    model: nn.Module, criterion: nn.Module | None, method: Method, setting: Setting, samples: int
+def optimizers(
+    model: nn.Module, criterion: nn.Module | None, method: Method, rate: float, total: int
 ) -> tuple[list[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]:
     """Adam in one cycle for the network; SGD at a constant rate for centers that have one."""
     extra = [] if criterion is None or method.is_head else list(criterion.parameters())
     inside = extra if method.center_rate is None else []
     adam = torch.optim.AdamW([*model.parameters(), *inside], weight_decay=0.01)
-    total = setting.epochs * math.ceil(samples / setting.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, setting.rate, total_steps=total)
-    optimizers: list[torch.optim.Optimizer] = [adam]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=total)
+    moving: list[torch.optim.Optimizer] = [adam]
     if extra and method.center_rate is not None:
-        optimizers.append(torch.optim.SGD(extra, lr=method.center_rate))
-    return optimizers, schedule
+        moving.append(torch.optim.SGD(extra, lr=method.center_rate))
+    return moving, schedule
 
 
 def _centers(criterion: nn.Module | None) -> Tensor | None:
