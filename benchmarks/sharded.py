@@ -54,7 +54,7 @@ def arriving(num_classes: int, share: float) -> float:
         start = centers.float().to(dtype)
         moved = start.clone()
         push = share * num_classes * total.to(dtype)
-        ops.push_apart_(moved, ops.norms_and_total(moved)[0], push, 10.0, num_classes)
+        ops.push_apart_(moved, ops.norms_and_total(moved)[0], push, 10.0, num_classes=num_classes)
         steps.append((moved - start).double())
     got, wanted = steps
     return float((got * wanted).sum() / wanted.square().sum())

@@ -265,7 +265,7 @@ def update_centers(
             step.move_(moved, center_lr, start=False)
             return moved
         reading = read(features, target, centers, None, ignore_index)
-        moved = reading.batch.centers.clone()
+        moved = torch.empty_like(reading.batch.centers)
         move_centers_(moved, reading, center_lr)
         return moved.to(centers.dtype)
 
@@ -405,14 +405,17 @@ def move_centers_(
     start: bool = False,
     summed: Summed | None = None,
 ) -> None:
-    """Eq. 8 on the centers that were read, or a copy of them, in place.
+    """Eq. 8 on the centers that were read, in place, or from these into a tensor like them.
 
     Samples that are not finite are left out; `start` puts zero centers on their samples. `summed`
     is for a batch of which other processes read the rest.
     """
     target, norms, total = reading.batch.target, reading.norms, reading.total
+    source = None if centers is reading.batch.centers else reading.batch.centers
     units, cosines, counted = finite(reading.units, reading.cosines, reading.batch.counted)
     if summed or target.is_floating_point() or ops.fewer_classes(centers, target):
+        if source is not None:
+            centers.copy_(source)
         sums, count = ops.class_sums(units, target, counted, norms.shape[0])
         batch_size = len(target) if counted is None and not target.is_floating_point() else None
         if summed:
@@ -421,7 +424,7 @@ def move_centers_(
             centers, norms, total, sums, count, rate=center_lr, start=start, batch_size=batch_size
         )
         return
-    ops.push_apart_(centers, norms, total, center_lr)
+    ops.push_apart_(centers, norms, total, center_lr, source=source)
     ops.pull_by_index_(
         centers,
         units,

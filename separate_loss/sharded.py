@@ -170,7 +170,7 @@ class ShardedSeparateLoss(nn.Module):
             sums, count = packed[:, :-1], packed[:, -1]
             # The shard itself, or a copy of it in the type that was computed in.
             centers = batch.centers
-            ops.push_apart_(centers, norms, total, self.center_lr, self.num_classes)
+            ops.push_apart_(centers, norms, total, self.center_lr, num_classes=self.num_classes)
             ops.pull_by_index_(
                 centers,
                 sums,

@@ -332,16 +332,25 @@ def _plus(grad: Tensor | None, more: Tensor) -> Tensor:
 
 
 def push_apart_(
-    centers: Tensor, norms: Tensor, total: Tensor, rate: float, num_classes: int | None = None
+    centers: Tensor,
+    norms: Tensor,
+    total: Tensor,
+    rate: float,
+    *,
+    num_classes: int | None = None,
+    source: Tensor | None = None,
 ) -> None:
     """Takes rate times D_inter of Eq. 7 from the centers, or from a part of `num_classes` of them.
 
+    With `source` from the centers there, which stay as they are; what `centers` hold is lost.
     The equation leaves k = j out. The whole sum gives the same, as no direction has a part across
     itself, and lets one vector serve all centers.
     """
     # Last, as a large rate beside large norms would overflow on the way.
     rate /= _pairs(len(centers) if num_classes is None else num_classes)
-    for block, norm in _blocks(centers, norms):
+    for block, norm, *read in _blocks(centers, norms, *([] if source is None else [source])):
+        if read:
+            block.copy_(read[0])
         scale = (_along(total, block, norm) * rate / norm + 1).unsqueeze(-1)
         block.mul_(scale).addcmul_(total, norm.reciprocal().unsqueeze(-1), value=-rate)
 
@@ -431,12 +440,12 @@ def move_by_sums_(
     batch_size = count.sum() if batch_size is None else batch_size
     divisor = _intra_divisor(batch_size, count).unsqueeze(-1)
     start = start and _may_hold_zero(norms)
-    per_class = centers, norms.unsqueeze(-1), sums, divisor, count.unsqueeze(-1)
+    per_class = centers, norms.unsqueeze(-1), sums, divisor, count
     for block, norm, sums_, divisor_, count_ in _blocks(*per_class):
         step = torch.addcdiv(push, sums_, divisor_, value=rate)
         block.addcdiv_(_across(step, block / norm), norm)
         if start:
-            starting = norm.isinf() & (count_ >= 0.5)
+            starting = norm.isinf() & (count_ >= 0.5).unsqueeze(-1)
             block.add_(unit(sums_)[0].where(starting, 0))
 
 
