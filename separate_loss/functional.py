@@ -417,9 +417,11 @@ def move_centers_(
         if source is not None:
             centers.copy_(source)
         sums, count = ops.class_sums(units, target, counted, norms.shape[0])
-        batch_size = len(target) if counted is None and not target.is_floating_point() else None
+        batch_size = None
         if summed:
-            (sums, count), batch_size = summed(sums, count), None
+            sums, count = summed(sums, count)
+        elif counted is None and not target.is_floating_point():
+            batch_size = len(target)
         ops.move_by_sums_(
             centers, norms, total, sums, count, rate=center_lr, start=start, batch_size=batch_size
         )

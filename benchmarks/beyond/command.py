@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -14,7 +13,7 @@ from benchmarks.beyond import runs, tables
 from benchmarks.beyond.data import DataName, Source
 from benchmarks.beyond.runs import Setting
 from benchmarks.beyond.study import FULL, QUICK, Record, Study
-from benchmarks.quality.command import fingerprint
+from benchmarks.quality.command import add_options, parse
 from benchmarks.quality.jobs import execute
 from benchmarks.quality.settings import KINDS
 from benchmarks.report import Results, write
@@ -25,22 +24,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks beyond", description="Is there a better separation than Eq. 3?"
     )
-    parser.add_argument("--data", type=Path, help="FER-2013: npz, csv or a folder per class")
-    parser.add_argument("--quick", action="store_true", help="little of everything, in minutes")
-    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/beyond"))
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--fresh", action="store_true", help="drop what --output holds")
+    add_options(parser, "beyond")
     parser.add_argument("--features", choices=KINDS, nargs="+", default=KINDS)
     parser.add_argument("--only", choices=get_args(DataName), nargs="+", help="data sets")
-    options = parser.parse_args(arguments)
-    if options.workers < 1:
-        parser.error("--workers must be at least 1")
+    options, mark = parse(parser, arguments)
     scale = QUICK if options.quick else FULL
     source = Source(options.data, scale.faces)
-    try:
-        mark = None if options.data is None else fingerprint(options.data)
-    except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
     wanted: tuple[DataName, ...] = options.only or get_args(DataName)
     if options.data is None:
         print("Without --data, FER-2013 is not run.")

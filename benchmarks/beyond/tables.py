@@ -9,6 +9,7 @@ from benchmarks.beyond.data import BATCH_SIZE, FEATURE_DIM, DataName
 from benchmarks.beyond.methods import METHODS, PAPER, PEERS, SOFTMAX
 from benchmarks.beyond.study import GAINS, MERITS, Record, Study
 from benchmarks.quality.statistics import show_interval, show_spread
+from benchmarks.quality.tables import amounts
 from benchmarks.training import FeatureKind
 
 TITLES: dict[DataName, str] = {
@@ -55,16 +56,8 @@ def _explanation(study: Study, results: report.Results) -> str:
         "reported samples from those of no class; centred: after the mean of all training features "
         "was taken off.\n",
     ]
-    for data in study.data:
-        scale = study.scale
-        lines.append(
-            f"- {TITLES[data]}: {scale.seeds[data]} seeds, {scale.epochs[data]} epochs, batches of "
-            f"{BATCH_SIZE[data]}, {FEATURE_DIM} features."
-        )
-    if "faces" in study.data:
-        origin = results.settings["faces"]
-        lines.append(f"- FER-2013 from: {origin}; at most {study.scale.faces} to train on.")
-    return "\n".join(lines)
+    feature_dims = dict.fromkeys(TITLES, FEATURE_DIM)
+    return "\n".join([*lines, *amounts(study, results, TITLES, BATCH_SIZE, feature_dims)])
 
 
 def _winners(study: Study, kind: FeatureKind) -> str:

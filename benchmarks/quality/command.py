@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,23 +23,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks quality", description="Does the separate loss help?"
     )
-    parser.add_argument("--data", type=Path, help="FER-2013: npz, csv or a folder per class")
-    parser.add_argument("--quick", action="store_true", help="little of everything, in minutes")
-    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/quality"))
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    kept = parser.add_mutually_exclusive_group()
-    kept.add_argument("--fresh", action="store_true", help="drop what --output holds")
+    kept = add_options(parser, "quality")
     kept.add_argument("--redraw", action="store_true", help=REDRAW)
-    options = parser.parse_args(arguments)
-    if options.workers < 1:
-        parser.error("--workers must be at least 1")
+    options, mark = parse(parser, arguments)
     scale = QUICK if options.quick else FULL
     source = runs.Source(options.data, scale.faces)
     data: tuple[DataName, ...] = ("digits",) if options.data is None else ("digits", "faces")
-    try:
-        mark = None if options.data is None else fingerprint(options.data)
-    except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
     if options.data is None:
         print("Without --data, only scikit-learn's digits are run; FER-2013 is not.")
 
@@ -74,7 +64,31 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\n{text}\n{options.output}: {(time.perf_counter() - began) / 60:.1f} min in all")
 
 
-def fingerprint(path: Path) -> str:
+def add_options(parser: argparse.ArgumentParser, name: str) -> Any:
+    """What studies have in common; returns the group of what to do with earlier results."""
+    parser.add_argument("--data", type=Path, help="FER-2013: npz, csv or a folder per class")
+    parser.add_argument("--quick", action="store_true", help="little of everything, in minutes")
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks") / name)
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--fresh", action="store_true", help="drop what --output holds")
+    return kept
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: list[str] | None
+) -> tuple[argparse.Namespace, str | None]:
+    """The options, and what tells their faces from others."""
+    options = parser.parse_args(arguments)
+    if options.workers < 1:
+        parser.error("--workers must be at least 1")
+    try:
+        return options, None if options.data is None else _fingerprint(options.data)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _fingerprint(path: Path) -> str:
     """Tells one set of faces from another."""
     faces = load(path)
     digest = hashlib.sha256(faces.images.tobytes() + faces.labels.tobytes()).hexdigest()

@@ -1,6 +1,6 @@
 """All tables, as Markdown."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from statistics import median
 from typing import Any
@@ -58,16 +58,26 @@ def _explanation(study: Study, results: report.Results) -> str:
         "between learned centers, agreement of learned centers with class means. In brackets: the "
         "95 % interval of the mean difference, paired by seed (Student's t).\n",
     ]
+    return "\n".join([*lines, *amounts(study, results, TITLES, BATCH_SIZE, FEATURE_DIM)])
+
+
+def amounts(
+    study: Any,
+    results: report.Results,
+    titles: Mapping[Any, str],
+    batch_sizes: Mapping[Any, int],
+    feature_dims: Mapping[Any, int],
+) -> Iterator[str]:
+    """How much of each data set a study ran, a line each."""
+    scale = study.scale
     for data in study.data:
-        scale = study.scale
-        lines.append(
-            f"- {TITLES[data]}: {scale.seeds[data]} seeds, {scale.epochs[data]} epochs, batches of "
-            f"{BATCH_SIZE[data]}, {FEATURE_DIM[data]} features."
+        yield (
+            f"- {titles[data]}: {scale.seeds[data]} seeds, {scale.epochs[data]} epochs, batches of "
+            f"{batch_sizes[data]}, {feature_dims[data]} features."
         )
     if "faces" in study.data:
         origin = results.settings["faces"]
-        lines.append(f"- FER-2013 from: {origin}; at most {study.scale.faces} to train on.")
-    return "\n".join(lines)
+        yield f"- FER-2013 from: {origin}; at most {scale.faces} to train on."
 
 
 def _main(study: Study, data: DataName, kind: FeatureKind) -> str:

@@ -348,9 +348,9 @@ def push_apart_(
     """
     # Last, as a large rate beside large norms would overflow on the way.
     rate /= _pairs(len(centers) if num_classes is None else num_classes)
-    for block, norm, *read in _blocks(centers, norms, *([] if source is None else [source])):
-        if read:
-            block.copy_(read[0])
+    for block, norm, read in _blocks(centers, norms, centers if source is None else source):
+        if source is not None:
+            block.copy_(read)
         scale = (_along(total, block, norm) * rate / norm + 1).unsqueeze(-1)
         block.mul_(scale).addcmul_(total, norm.reciprocal().unsqueeze(-1), value=-rate)
 
