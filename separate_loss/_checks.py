@@ -10,10 +10,11 @@ from torch.nn import Parameter
 Reduction = Literal["none", "mean", "sum"]
 CenterUpdate = Literal["paper", "gradient", "none"]
 CenterInit = Literal["features", "sphere", "normal", "uniform"]
+ClassDim = Literal[1, -1]
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
-    """One of the strings of a Literal."""
+    """One of the values of a Literal."""
     allowed = get_args(choices)
     if value not in allowed:
         expected = ", ".join(map(repr, allowed))
@@ -81,6 +82,23 @@ def check_center_init(
         raise ValueError(f"center_init must have shape {shape}, got {tuple(value.shape)}")
     if not bool(value.isfinite().all()):
         raise ValueError("center_init must hold finite values, got NaN or infinity")
+    if center_update == "gradient" and not bool(value.any(-1).all()):
+        raise ValueError(
+            "center_init must hold no row of zeros for center_update='gradient', as a zero center "
+            f"has no gradient, got one for class {int(value.any(-1).int().argmin())}"
+        )
+
+
+def check_set(name: str, value: Tensor, is_set: bool) -> None:
+    """Values that somebody set, and finite. Reads them, so it is for a first call."""
+    how = "call reset_parameters(), or load a checkpoint that holds them"
+    if value.is_meta or type(value) not in (Tensor, Parameter) or under_vmap(value):
+        return
+    # Loaders of transformers set values without a word, and leave this mark.
+    if not is_set and not getattr(value, "_is_hf_initialized", False):
+        raise RuntimeError(f"{name} were made on the meta device and never got values; {how}")
+    if value.numel() and not math.isfinite(torch.linalg.vector_norm(value.detach(), math.inf)):
+        raise ValueError(f"{name} must hold finite values, got NaN or infinity; {how}")
 
 
 def check_batch(
@@ -110,25 +128,43 @@ def check_batch(
     check_device("target", target, name, features)
 
 
-def check_entered(
-    features: Tensor, logits: Tensor, num_classes: int, feature_dim: int | None
-) -> None:
-    """Features that entered a head and logits (*, C) that can have left it, in the same order."""
-    if logits.shape[-1] != num_classes:
+def check_logits(logits: Tensor, target: Tensor, class_dim: int, num_classes: int) -> None:
+    """Logits with their classes in dimension `class_dim`, and a target of as many samples."""
+    if logits.shape[class_dim] != num_classes:
+        place = "the last dimension" if class_dim == logits.ndim - 1 else f"dimension {class_dim}"
         raise ValueError(
-            f"logits must have {num_classes} values in the last dimension, one per class, "
+            f"logits must have {num_classes} values in {place}, one per class, "
             f"got shape {tuple(logits.shape)}"
         )
-    check_vectors("the head's input", features)
-    samples, others = features.shape[:-1], logits.shape[:-1]
-    flattened = len(samples) == 1 or len(others) == 1
-    fits = feature_dim is None or features.shape[-1] == feature_dim
-    if not fits or (samples != others and not (flattened and samples.numel() == others.numel())):
+    check_tensor("target", target)
+    samples = (*logits.shape[:class_dim], *logits.shape[class_dim + 1 :])
+    fits = target.shape == (logits.shape if target.is_floating_point() else samples)
+    if logits.ndim > 2 and not fits:
         raise ValueError(
-            f"logits of shape {tuple(logits.shape)} must come from as many features of size "
-            f"{'d' if feature_dim is None else feature_dim} in the same order, but "
-            f"{tuple(features.shape)} entered the watched head; watch the module that maps the one "
-            "to the other"
+            f"target must have shape {samples} for class indices, or {tuple(logits.shape)} for "
+            f"class probabilities, beside logits of shape {tuple(logits.shape)} with the classes "
+            f"in dimension {class_dim}, got {tuple(target.shape)} of {target.dtype}"
+        )
+
+
+def check_entered(
+    features: Tensor, output_shape: torch.Size, class_dim: int, feature_dim: int
+) -> None:
+    """Features that entered a head which left samples as they were, in number and order."""
+    dims = [
+        1 if class_dim == 1 and len(sizes) > 1 else len(sizes) - 1
+        for sizes in (features.shape, output_shape)
+    ]
+    samples, others = (
+        [size for dim, size in enumerate(sizes) if dim != left_out and size != 1]
+        for sizes, left_out in zip((features.shape, output_shape), dims, strict=True)
+    )
+    if features.shape[dims[0]] != feature_dim or samples != others:
+        raise ValueError(
+            f"the head must turn features of size {feature_dim} in dimension {class_dim} into the "
+            f"logits of as many samples, but {tuple(features.shape)} entered it and "
+            f"{tuple(output_shape)} left it; watch the module that turns the one into the other, "
+            "or say feature_dim or class_dim"
         )
 
 

@@ -1,5 +1,6 @@
 """The loss as a module with centers of its own."""
 
+import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from separate_loss._checks import (
     check_choice,
     check_int,
     check_rate,
+    check_set,
     check_weight,
 )
 from separate_loss.distributed import (
@@ -65,7 +67,8 @@ class SeparateLoss(nn.Module):
         center_init: where centers start. ``"features"``: at zero, and from there to the mean
             direction of the first features of their class; it needs the paper's update, whose
             default it is. ``"sphere"``: random directions of norm 1, the default otherwise.
-            ``"normal"``: N(0, 1). ``"uniform"``: U(0, 1). Or a tensor (C, d) of finite values.
+            ``"normal"``: N(0, 1). ``"uniform"``: U(0, 1). Or a tensor (C, d) of finite values,
+            whose zero rows start as under ``"features"``.
         weight, ignore_index, reduction: as in `separate_loss.functional.separate_loss`.
             Class weights act on the loss, not on the paper's update.
         processes: whose samples move the centers, where torch.distributed is initialised.
@@ -142,20 +145,39 @@ class SeparateLoss(nn.Module):
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
         self.processes = processes
-        self._equal = False
         self.last_terms: Terms | None = None
 
         centers = torch.empty(num_classes, feature_dim, device=device, dtype=dtype)
-        fill(centers, center_init)
         if center_update == "gradient":
             self.centers = nn.Parameter(centers)
         else:
             self.register_buffer("centers", centers)
         self.register_buffer("weight", None if weight is None else weight.to(centers))
+        self._starts = center_init, weight
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Puts centers where they start, and class weights to what was given."""
+        init, weight = self._starts
+        with torch.no_grad():
+            fill(self.centers, init)
+            if weight is not None and self.weight is not None:
+                self.weight.copy_(weight)
+        # Memory that a meta device stands for has no values until they are set.
+        self._set = not self.centers.is_meta
+        self._checked = self._equal = False
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """The loss under the centers as they are; then, where they should, the centers move."""
-        moving = self.training and torch.is_grad_enabled() and self.center_update == "paper"
+        return self._step(features, target, moving=True)
+
+    def _step(self, features: Tensor, target: Tensor, *, moving: bool) -> Tensor:
+        """The loss; centers move where `moving` and the modes allow it."""
+        if not self._checked and not torch.compiler.is_compiling():
+            check_set("centers", self.centers, self._set)
+            self._checked = not self.centers.is_meta
+        moving = moving and self.training and self.center_update == "paper"
+        moving = moving and torch.is_grad_enabled()
         learning = torch.is_grad_enabled() and self.centers.requires_grad
         group = group_of(self.processes) if moving or learning else None
         centers = self.centers if group is None else self._shared(group)
@@ -164,7 +186,7 @@ class SeparateLoss(nn.Module):
             if step is not None:
                 self.last_terms = Terms(step.intra, step.inter)
                 if moving:
-                    step.move_(centers, self.center_lr, start=self.center_init == "features")
+                    step.move_(centers, self.center_lr, start=True)
                 return step.loss
         reading = read(features, target, centers, self.weight, self.ignore_index)
         intra, inter, mass = reading.intra, reading.inter, reading.batch.mass
@@ -189,9 +211,8 @@ class SeparateLoss(nn.Module):
     def _move(self, reading: Reading, group: "ProcessGroup | None") -> None:
         # The buffer itself, or a copy of it in the type that was computed in.
         centers = reading.batch.centers
-        start = self.center_init == "features"
         summed = None if group is None else sum_over(group)
-        move_centers_(centers, reading, self.center_lr, start=start, summed=summed)
+        move_centers_(centers, reading, self.center_lr, start=True, summed=summed)
         if centers is not self.centers:
             self.centers.copy_(centers)
 
@@ -202,9 +223,28 @@ class SeparateLoss(nn.Module):
             "_equal": False,
         }
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        self._equal = False
-        super()._load_from_state_dict(*arguments)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SeparateLoss":
+        # A process group cannot be copied.
+        memo[id(self.processes)] = self.processes
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not isinstance(self.processes, str):
+            raise TypeError(
+                "processes is a ProcessGroup, which holds connections and cannot be pickled; save "
+                "the state_dict(), or set processes to 'all' or 'each' before"
+            )
+        return super().__reduce_ex__(protocol)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        self._equal = self._checked = False
+        self._set = self._set or f"{prefix}centers" in state_dict
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         """The arguments as they are in force, for `repr`."""

@@ -180,7 +180,7 @@ class ShardedSeparateLoss(nn.Module):
                 cosines=(sums * rows).sum(-1),
                 norms=norms,
                 rate=self.center_lr,
-                start=self.center_init == "features",
+                start=True,
                 batch_size=batch_size,
             )
             if centers is not shard:

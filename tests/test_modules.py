@@ -63,7 +63,9 @@ def test_the_loss_is_that_of_the_centers_before_they_move(
         center_lr=0.5,
         ignore_index=problem.ignore_index,
     )
-    assert torch.equal(criterion.centers, moved)
+    # Zero centers start, which Eq. 8 leaves where they are.
+    given = problem.centers.any(-1)
+    assert torch.equal(criterion.centers[given], moved[given])
 
 
 @holds_for(problem=problems(reach=3, weighted=True), reduction=REDUCTIONS)
@@ -189,6 +191,24 @@ class TestStartingValues:
         )
         expected = F.update_centers(features, torch.tensor([1, 0]), started, center_lr=10.0)
         torch.testing.assert_close(criterion.centers[[0, 2, 3, 4]], expected[[0, 2, 3, 4]])
+
+    def test_rows_of_zeros_start_as_well(self) -> None:
+        """As centers of a checkpoint with new classes after them, given or loaded."""
+        given = torch.cat([torch.randn(3, FEATURE_DIM), torch.zeros(2, FEATURE_DIM)])
+        features, target = torch.randn(6, FEATURE_DIM), torch.tensor([0, 3, 3, 4, 4, 4])
+        fresh = SeparateLoss(NUM_CLASSES, FEATURE_DIM)
+        fresh(features, target)
+        loaded = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_init="sphere")
+        loaded.load_state_dict({"centers": given})
+        for criterion in (SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_init=given), loaded):
+            criterion(features, target)
+            torch.testing.assert_close(criterion.centers[3:], fresh.centers[3:])
+            second = features.clone().requires_grad_()
+            criterion(second, target).backward()
+            assert second.grad is not None
+            assert second.grad[1:].any(-1).all()
+        with pytest.raises(ValueError, match=r"no row of zeros .* got one for class 3"):
+            SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_update="gradient", center_init=given)
 
     def test_probabilities_start_a_class_with_half_a_sample(self) -> None:
         by_index = SeparateLoss(3, FEATURE_DIM)
@@ -332,3 +352,59 @@ def test_saving_and_loading_amid_training_continues_bit_identically() -> None:
     continued = steps(3, *second)
     assert all(torch.equal(a, b) for a, b in zip(expected, continued, strict=True))
     assert torch.equal(first[1].centers, second[1].centers)
+
+
+class TestStarts:
+    """Values that nobody set are not taken for centers."""
+
+    @pytest.mark.parametrize("given", ["features", "sphere", "tensor"])
+    def test_reset_parameters_starts_anew(self, given: Any) -> None:
+        init = torch.randn(NUM_CLASSES, FEATURE_DIM) if given == "tensor" else given
+        weight = torch.rand(NUM_CLASSES)
+        criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_init=init, weight=weight.clone())
+        start = criterion.centers.clone()
+        features, target = torch.randn(6, FEATURE_DIM), torch.arange(6) % NUM_CLASSES
+        criterion(features, target)
+        assert not torch.equal(criterion.centers, start)
+        criterion.to_empty(device="cpu")
+        criterion.reset_parameters()
+        if given == "sphere":
+            torch.testing.assert_close(criterion.centers.norm(dim=-1), start.norm(dim=-1))
+        else:
+            assert torch.equal(criterion.centers, start)
+        assert criterion.weight is not None
+        assert torch.equal(criterion.weight, weight)
+
+    @pytest.mark.parametrize("center_update", ["paper", "gradient", "none"])
+    def test_memory_after_a_meta_device_is_refused_until_set(self, center_update: Any) -> None:
+        features, target = torch.randn(6, FEATURE_DIM), torch.arange(6) % NUM_CLASSES
+
+        def made_on_meta() -> SeparateLoss:
+            with torch.device("meta"):
+                criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_update=center_update)
+            return criterion.to_empty(device="cpu")
+
+        criterion = made_on_meta()
+        with torch.no_grad():
+            criterion.centers.fill_(0.5)
+        with pytest.raises(RuntimeError, match="never got values; call reset_parameters"):
+            criterion(features, target)
+        criterion.reset_parameters()
+        assert criterion(features, target).isfinite()
+        resumed = made_on_meta()
+        resumed.load_state_dict(criterion.state_dict())
+        assert resumed(features, target).isfinite()
+        assigned = made_on_meta()
+        assigned.load_state_dict(criterion.state_dict(), assign=True)
+        assert assigned(features, target).isfinite()
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    def test_centers_that_are_not_finite_are_refused(self, value: float) -> None:
+        features, target = torch.randn(6, FEATURE_DIM), torch.arange(6) % NUM_CLASSES
+        criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM)
+        criterion(features, target)
+        centers = criterion.centers.clone()
+        centers[2, 3] = value
+        criterion.load_state_dict({"centers": centers})
+        with pytest.raises(ValueError, match="centers must hold finite values"):
+            criterion(features, target)

@@ -50,7 +50,8 @@ def test_import_needs_torch_alone() -> None:
 def test_imports_go_down_only() -> None:
     order = [
         "_checks",
-        "_watch",
+        "_layout",
+        "_recorder",
         "ops",
         "functional",
         "metrics",

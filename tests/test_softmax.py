@@ -136,16 +136,16 @@ def test_gradients_are_those_of_a_hand_written_loop(
     torch.testing.assert_close(criterion.separate.centers, other.centers)
 
 
-def test_each_call_needs_a_forward_pass_of_its_own() -> None:
+def test_logits_that_never_left_the_head_are_refused() -> None:
     model = perceptron()
-    criterion = SoftmaxSeparateLoss(model[-1])
-    with pytest.raises(RuntimeError, match="no forward pass since the last call"):
-        criterion(torch.randn(6, NUM_CLASSES), labels())
-    logits = model(images())
-    criterion(logits, labels())
+    criterion = SoftmaxSeparateLoss(model[-1], center_init="sphere")
     before = criterion.separate.centers.clone()
-    with pytest.raises(RuntimeError, match="no forward pass since the last call"):
-        criterion(logits, labels())
+    with pytest.raises(RuntimeError, match="The watched head has had no forward pass"):
+        criterion(torch.randn(6, NUM_CLASSES), labels())
+    model(images())
+    for logits in (torch.randn(6, NUM_CLASSES), torch.randn(6, NUM_CLASSES).requires_grad_() * 2):
+        with pytest.raises(RuntimeError, match="one forward pass of the watched head"):
+            criterion(logits, labels())
     assert torch.equal(criterion.separate.centers, before)
 
 
@@ -165,9 +165,8 @@ def test_the_model_stays_as_it_was() -> None:
     for twin in (copy.deepcopy(model), pickle.loads(pickled)):
         assert torch.equal(twin(batch), model(batch))
         criterion(model(batch), labels())
-        twin(batch)
         # The copy was run last, and is not watched.
-        with pytest.raises(RuntimeError, match="no forward pass"):
+        with pytest.raises(RuntimeError, match="no forward pass of the watched head has led"):
             criterion(twin(batch), labels())
     assert torch.export.export(model, (batch,)).module()(batch).shape == (6, NUM_CLASSES)
 
@@ -178,7 +177,7 @@ def test_copies_of_the_loss_watch_nothing_until_told() -> None:
     criterion(model(images()), labels())
     before = criterion.separate.centers.clone()
     for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
-        with pytest.raises(RuntimeError, match="watches no head"):
+        with pytest.raises(RuntimeError, match=r"copied or unpickled loss needs\s+that"):
             twin(model(images()), labels())
         assert torch.equal(twin.separate.centers, before)
         twin.watch(model[-1])
@@ -254,9 +253,6 @@ def test_two_compiled_passes_before_two_calls_do_not_mix() -> None:
     losses = [criterion(output, labels()) for output in outputs]
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(torch.compile(both, fullgraph=True)(*views), expected)
-    outputs = [compiled(view) for view in views]
-    with pytest.raises(RuntimeError, match="several forward passes were compiled"):
-        criterion(outputs[0] * 2, labels())
 
 
 class ToDictionary(nn.Module):
@@ -270,7 +266,7 @@ class ToDictionary(nn.Module):
 
 def test_a_head_that_returns_more_than_logits() -> None:
     head = ToDictionary()
-    batches = torch.randn(2, 6, 16)
+    batches = torch.randn(2, 6, 16, requires_grad=True)
     criterion = SoftmaxSeparateLoss(head, center_init="sphere", center_lr=0.0)
     expected = [criterion(head(batch)["logits"], labels()) for batch in batches]
     outputs = [head(batch)["logits"] for batch in batches]
@@ -284,17 +280,9 @@ def test_logits_of_another_model_are_refused() -> None:
     criterion = SoftmaxSeparateLoss(model[-1])
     batch = images()
     student = model(batch)
-    with pytest.raises(RuntimeError, match="no forward pass since the last call that these logits"):
+    with pytest.raises(RuntimeError, match="no forward pass of the watched head has led to logits"):
         criterion(teacher(batch), labels())
     assert criterion(student, labels()).isfinite()
-
-
-def test_logits_in_another_order_are_refused() -> None:
-    head = nn.Linear(16, NUM_CLASSES)
-    criterion = SoftmaxSeparateLoss(head)
-    logits = head(torch.randn(5, 2, 16)).transpose(0, 1)
-    with pytest.raises(ValueError, match="in the same order"):
-        criterion(logits, torch.zeros(2, 5, dtype=torch.long))
 
 
 def test_features_changed_in_place_are_refused() -> None:
@@ -320,20 +308,26 @@ def test_centers_stay_where_only_the_model_ran_without_gradients() -> None:
 
 
 def test_what_nobody_asked_for_is_let_go() -> None:
-    """Outputs that are kept, as for a metric at the end of an epoch, keep no features alive."""
+    """Outputs that are kept, as for a metric at the end of an epoch, keep few features alive."""
     model = perceptron()
     criterion = SoftmaxSeparateLoss(model[-1])
     seen: list[weakref.ref[Tensor]] = []
     model[-1].register_forward_pre_hook(lambda _, inputs: seen.append(weakref.ref(inputs[0])))
     with torch.no_grad():
-        kept = [model(images()) for _ in range(5)]
-    assert [reference() is None for reference in seen] == [True] * 4 + [False]
+        kept = [model(images()) for _ in range(20)]
+        assert [reference() is None for reference in seen] == [True] * 12 + [False] * 8
+        kept.clear()
+        model(images())
+        assert [reference() is None for reference in seen] == [True] * 20 + [False]
+    seen.clear()
+    for _ in range(3):
+        kept.append(model(images()))
+        criterion(kept[-1], labels()).backward()
+        gc.collect()
+        assert all(reference() is None for reference in seen)
     model(images())
     gc.collect()
     assert all(reference() is None for reference in seen)
-    criterion(model(images()), labels()).backward()
-    assert all(reference() is None for reference in seen)
-    assert len(kept) == 5
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -348,7 +342,7 @@ def test_a_head_in_a_checkpointed_region(use_reentrant: bool) -> None:
             criterion(logits, labels())
         return
     criterion(logits, labels()).backward()
-    with pytest.raises(RuntimeError, match="no forward pass since the last call"):
+    with pytest.raises(RuntimeError, match="backward has freed the graph"):
         criterion(logits, labels())
     assert batch.grad is not None
     (expected,) = torch.autograd.grad(criterion(model(batch), labels()), batch)
@@ -367,40 +361,43 @@ class Named(nn.Module):
         return logits
 
 
-def test_sizes_from_the_first_batch_or_a_checkpoint() -> None:
-    head = Named()
-    batch = torch.randn(6, 16)
+class Bare(nn.Module):
+    """A head without a layer that tells sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(NUM_CLASSES, 16))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.weight)
+
+
+@pytest.mark.parametrize(
+    ("head", "num_classes", "feature_dim"),
+    [
+        (nn.Linear(16, 5), 5, 16),
+        (nn.Sequential(nn.Dropout(), nn.Linear(16, 5)), 5, 16),
+        (nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 5)), 5, 16),
+        (nn.Conv2d(16, 5, 1), 5, 16),
+        (nn.Sequential(nn.BatchNorm1d(16), Named()), 5, 16),
+    ],
+)
+def test_sizes_are_those_of_the_layers_of_the_head(
+    head: nn.Module, num_classes: int, feature_dim: int
+) -> None:
     criterion = SoftmaxSeparateLoss(head)
-    known = SoftmaxSeparateLoss(head, num_classes=NUM_CLASSES, feature_dim=16)
-    for _ in range(3):
-        logits = head(features=batch)
-        assert torch.equal(criterion(logits, labels()), known(logits, labels()))
-    assert torch.equal(criterion.separate.centers, known.separate.centers)
-    resumed = SoftmaxSeparateLoss(head)
-    assert not resumed.state_dict()
-    resumed.load_state_dict(criterion.state_dict())
-    logits = head(features=batch)
-    assert torch.equal(resumed(logits, labels()), known(logits, labels()))
-    logits = head(features=batch)[:, :4]
-    with pytest.raises(ValueError, match=r"logits must have 5 values .* got shape \(6, 4\)"):
-        resumed(logits, labels())
+    assert criterion.separate.centers.shape == (num_classes, feature_dim)
 
 
-def test_a_first_batch_in_inference_mode_leaves_centers_that_can_move() -> None:
-    head = Named()
-    criterion = SoftmaxSeparateLoss(head)
-    with torch.inference_mode():
-        criterion(head(features=torch.randn(6, 16)), labels())
-    before = criterion.separate.centers.clone()
-    criterion(head(features=torch.randn(6, 16)), labels()).backward()
-    assert not torch.equal(criterion.separate.centers, before)
-
-
-def test_lazy_heads() -> None:
-    head = nn.LazyLinear(NUM_CLASSES)
-    criterion = SoftmaxSeparateLoss(head)
-    assert criterion(head(torch.randn(6, 16)), labels()).isfinite()
-    assert criterion.separate.feature_dim == 16
+@pytest.mark.parametrize("center_update", ["paper", "gradient", "none"])
+def test_heads_that_tell_no_sizes_need_them_at_once(center_update: Any) -> None:
+    """Centers that came later would be missed by optimizers, averages of weights and `to`."""
+    for head, missing in ((Bare(), "num_classes"), (nn.LazyLinear(NUM_CLASSES), "feature_dim")):
+        with pytest.raises(ValueError, match=f"{missing} must be given, as head does not tell it"):
+            SoftmaxSeparateLoss(head, center_update=center_update)
+        criterion = SoftmaxSeparateLoss(head, num_classes=5, feature_dim=16)
+        features = torch.randn(6, 16, requires_grad=True)
+        assert criterion(head(features), labels()).isfinite()
 
 
 def test_a_compiled_loss_can_be_copied() -> None:
@@ -412,12 +409,6 @@ def test_a_compiled_loss_can_be_copied() -> None:
     assert torch.equal(
         pickle.loads(pickle.dumps(criterion)).separate.centers, criterion.separate.centers
     )
-
-
-def test_centers_to_learn_need_their_sizes_at_once() -> None:
-    """An optimizer made before the first batch would miss them."""
-    with pytest.raises(ValueError, match="num_classes and feature_dim must be given"):
-        SoftmaxSeparateLoss(Named(), center_update="gradient")
 
 
 def test_parameters_that_no_optimizer_got_still_move() -> None:
@@ -540,7 +531,8 @@ def test_frozen_backbone_half_precision_and_small_integers() -> None:
     criterion = SoftmaxSeparateLoss(model[-1])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(images())
-        loss = criterion(logits, labels().int())
+        with pytest.warns(UserWarning, match="the features require no gradient"):
+            loss = criterion(logits, labels().int())
     loss.backward()
     assert loss.dtype == torch.float32
     assert model[-1].weight.grad is not None
@@ -565,8 +557,8 @@ def test_sequences_of_tokens() -> None:
 @pytest.mark.parametrize(
     ("logits_shape", "target", "error", "message"),
     [
-        ((6, 4), labels(), ValueError, r"logits must have 5 values .* got shape \(6, 4\)"),
-        ((3, 5), labels(3), ValueError, r"must come from as many features of size 16"),
+        ((6, 4), labels(), RuntimeError, r"^operator 'slice'"),
+        ((3, 5), labels(3), RuntimeError, r"(?s)^operator 'slice'.*labels to ignore_index"),
         ((6, 5), labels()[:, None], ValueError, r"target of class indices must have shape \(6,\)"),
         ((6, 5), labels() + 1, IndexError, r"target must hold class indices in \[0, 5\).* got 5"),
         ((6, 5), labels().bool(), TypeError, "target must hold class indices"),
@@ -577,7 +569,9 @@ def test_bad_calls(logits_shape: Any, target: Tensor, error: Any, message: str) 
     criterion = SoftmaxSeparateLoss(model[-1], center_init="sphere")
     before = criterion.separate.centers.clone()
     samples, classes = logits_shape
-    logits = model(images())[:samples, :classes]
+    logits = model(images())
+    if logits.shape != logits_shape:
+        logits = logits[:samples, :classes]
     with pytest.raises(error, match=message):
         criterion(logits, target)
     assert torch.equal(criterion.separate.centers, before)
@@ -587,13 +581,14 @@ def test_bad_calls(logits_shape: Any, target: Tensor, error: Any, message: str) 
     ("options", "error", "message"),
     [
         ({"head": "fc"}, TypeError, "head must be a torch.nn.Module, got str"),
-        ({"num_classes": 4}, ValueError, "num_classes must be 5, the head's out_features, or None"),
-        ({"feature_dim": 4}, ValueError, "feature_dim must be 16, the head's in_features, or None"),
+        ({"num_classes": 4}, ValueError, "num_classes must be 5, as the head has it, or None"),
+        ({"feature_dim": 4}, ValueError, "feature_dim must be 16, as the head has it, or None"),
         ({"head": Named(), "reduction": "some"}, ValueError, "reduction must be one of"),
         ({"head": Named(), "center_lr": -1.0}, ValueError, "center_lr must be finite"),
         ({"separate_weight": -1.0}, ValueError, "separate_weight must be finite and not negative"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
-        ({"head": Named(), "num_classes": 1}, ValueError, "num_classes must be at least 2"),
+        ({"head": nn.Linear(16, 1)}, ValueError, "num_classes must be at least 2"),
+        ({"class_dim": 0}, ValueError, "class_dim must be one of 1, -1, got 0"),
         ({"center_update": "sgd"}, ValueError, "center_update must be one of"),
         ({"weight": [1.0] * 5}, TypeError, "weight must be a tensor, got list"),
     ],

@@ -1,0 +1,352 @@
+"""Records a module's input so that it can be found from the output."""
+
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from separate_loss._layout import class_dim_after, class_dim_of_view, dim_of, keeps_samples
+
+# Passes without a graph, and compiled ones, of which the latest are kept.
+MOST_PASSES, MOST_COMPILED = 8, 4
+
+WAY_OUT = (
+    "\nWhere you know the features of each sample, give them:\n"
+    "    features = ...  # what enters the head, in the order of the logits\n"
+    "    loss = criterion(logits, target, features=features)"
+)
+LEAVE_OUT = "\nTo leave samples out, keep all logits and set their labels to ignore_index."
+
+
+class Pass:
+    """A forward pass of the recorded module."""
+
+    def __init__(
+        self, features: Any, version: int | None, training: bool, recorded: bool, output: Tensor
+    ) -> None:
+        self.features = features
+        self.version = version  # of the features; operators in place raise it
+        self.training = training  # the module's mode
+        self.recorded = recorded  # whether autograd was on
+        self.sizes = output.shape
+        self.moved = False  # whether centers have moved by this pass
+
+    def release_after_backward(self, node: Any) -> None:
+        """Lets the features go with the graph that `node` belongs to."""
+        reference = weakref.ref(self)
+
+        def after_backward(*_: object) -> None:
+            one = reference()
+            if one is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
+                one.features = None
+
+        node.register_hook(after_backward)
+
+
+class Output:
+    """A pass that no node of autograd's graph can carry, found by what identifies its output."""
+
+    def __init__(self, one: Pass, output: Tensor) -> None:
+        self.one = one
+        self.node, self.number = output.grad_fn, output.output_nr
+        self.storage = _storage(output)
+        self.version = _version(output)
+        self.strides, self.offset, self.dtype = (
+            output.stride(),
+            output.storage_offset(),
+            output.dtype,
+        )
+
+    def gone(self) -> bool:
+        """Whether nothing can lead here any more."""
+        return self.node is None and (self.storage is None or self.storage.expired())
+
+    def shares_storage(self, logits: Tensor) -> bool:
+        """Whether logits lie where the output lies, in the same type."""
+        return (
+            self.storage is not None
+            and self.storage == _storage(logits)
+            and (self.offset, self.dtype) == (logits.storage_offset(), logits.dtype)
+        )
+
+
+class Recorder:
+    """Records the passes of a module, and proves which of them logits come from.
+
+    A pass that autograd records hangs on the node of its output: it lives as long as the graph, and
+    is found by walking back from the logits. Of other passes, and of compiled ones, whose nodes
+    cannot carry anything, the latest are kept here.
+    """
+
+    def __init__(self) -> None:
+        self.hooks = _Hook(self.enter), _Hook(self.leave)
+        self.handles: tuple[Any, ...] = ()
+        self.active = True
+        self.module: weakref.ref[nn.Module] | None = None
+        self.seen = False  # whether any pass was recorded
+        self.parallel = False  # whether replicas of DataParallel have run
+        self.versions: dict[int, int | None] = {}  # of the features in the module, by thread
+        self.passes: tuple[Output, ...] = ()
+        self.lock = threading.Lock()  # of these; one thread may evaluate while another trains
+        self.compiled: tuple[Any, ...] = ()
+
+    def attach(self, module: nn.Module) -> None:
+        """Starts recording."""
+        _remove_stale_hooks(module)
+        self.module = weakref.ref(module)
+        enter, leave = self.hooks
+        self.handles = (
+            module.register_forward_pre_hook(enter, with_kwargs=True),
+            module.register_forward_hook(leave, with_kwargs=True),
+        )
+
+    def detach(self) -> None:
+        """Ends recording."""
+        self.active = False
+        for handle in self.handles:
+            handle.remove()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, self.hooks
+
+    def enter(self, _: nn.Module, inputs: tuple[Any, ...], named: Any = None) -> None:
+        """Before the module runs."""
+        if not self.active or torch.compiler.is_compiling() or _in_backward():
+            return
+        self.versions[threading.get_ident()] = _version(_first(inputs, named))
+
+    def leave(self, module: nn.Module, inputs: tuple[Any, ...], *others: Any) -> None:
+        """After the module has run. Quantization copies hooks and then calls them without names."""
+        if not self.active or torch.compiler.is_exporting():
+            return
+        features, output = _first(inputs, others[0] if len(others) > 1 else None), others[-1]
+        training, recorded = module.training, torch.is_grad_enabled()
+        if torch.compiler.is_compiling():
+            latest = self.compiled[1 - MOST_COMPILED :]
+            self.compiled = (*latest, (features, output, training, recorded))
+            return
+        if _in_backward():
+            # Activation checkpointing runs the module once more.
+            return
+        self.module, self.seen = weakref.ref(module), True
+        self.parallel = self.parallel or getattr(module, "_is_replica", False)
+        version = self.versions.pop(threading.get_ident(), None)
+        for leaf in _outputs(output, features):
+            one = Pass(features, version, training, recorded, leaf)
+            if leaf.grad_fn is None:
+                self._keep(Output(one, leaf))
+            else:
+                node: Any = leaf.grad_fn
+                node.metadata.setdefault(self, {})[leaf.output_nr] = one
+                one.release_after_backward(node)
+
+    def take_compiled(self, logits: Tensor) -> Pass | None:
+        """The pass within the same compiled function with logits as its output, once."""
+        for number, (features, output, training, recorded) in enumerate(self.compiled):
+            if output is logits:
+                # What is left here would become an output of the compiled function.
+                self.compiled = self.compiled[:number] + self.compiled[number + 1 :]
+                return Pass(features, None, training, recorded, output)
+        return None
+
+    def find(self, logits: Tensor, class_dim: int) -> tuple[Pass, int]:
+        """The pass that logits hold the output of, and the dimension of logits with the classes.
+
+        `class_dim` is that of the output, 1 or -1. Raises RuntimeError where it cannot be shown
+        that logits hold the output of exactly one pass, sample by sample in the same order.
+        """
+        self._collect_compiled()
+        one, dim = self._find(logits, class_dim)
+        if one.features is None:
+            raise self._refused("backward has freed the graph of the pass; call the loss before")
+        if dim not in (1, logits.ndim - 1):
+            raise self._refused(f"logits have the classes in dimension {dim}, not in 1 or the last")
+        return one, dim
+
+    # As torch.compiler.disable does, which would load the whole compiler.
+    vars()["find"]._torchdynamo_disable = True
+
+    def _find(self, logits: Tensor, class_dim: int) -> tuple[Pass, int]:
+        for kept in reversed(self.passes):
+            if kept.shares_storage(logits) and kept.version == _version(logits):
+                sizes = kept.one.sizes
+                dim = class_dim_of_view(logits, sizes, kept.strides, dim_of(class_dim, sizes))
+                if dim is None:
+                    raise self._refused(
+                        "logits are a view of the head's output with samples left out or moved"
+                    )
+                return kept.one, dim
+        if logits.grad_fn is None:
+            raise self._refused(
+                "logits without a graph must be a recent output of the head or a view of one"
+            )
+        one, operators = self._walk(logits)
+        found = class_dim_after(operators, one.sizes, logits.shape, dim_of(class_dim, one.sizes))
+        if isinstance(found, str):
+            raise self._refused(f"operator {found!r} stands between the head's output and logits")
+        return one, found
+
+    def _walk(self, logits: Tensor) -> tuple[Pass, list[Any]]:
+        """The pass, and the operators between it and logits, nearest to logits first."""
+        operators: list[Any] = []
+        node, number = logits.grad_fn, logits.output_nr
+        while True:
+            one = self._at(node, number)
+            if one is not None:
+                return one, operators
+            branches = _branches(node)
+            if not keeps_samples(node) or len(branches) > 1:
+                branches = [branch for branch in branches if self._reaches(branch)]
+            if not branches:
+                raise self._refused("no forward pass of the watched head has led to logits")
+            if not keeps_samples(node):
+                raise self._refused(
+                    f"operator {_operator(node)!r} stands between the head's output and logits",
+                    node,
+                )
+            if len(branches) > 1:
+                raise self._refused(
+                    f"operator {_operator(node)!r} joins several passes, or one with itself"
+                )
+            operators.append(node)
+            node, number = branches[0]
+
+    def _at(self, node: Any, number: int) -> Pass | None:
+        for kept in reversed(self.passes):
+            if kept.node is node and kept.number == number:
+                return kept.one
+        one: Pass | None = node.metadata.get(self, {}).get(number)
+        return one
+
+    def _reaches(self, branch: tuple[Any, int]) -> bool:
+        seen, ahead = {branch}, [branch]
+        while ahead:
+            node, number = ahead.pop()
+            if self._at(node, number) is not None:
+                return True
+            further = [other for other in _branches(node) if other not in seen]
+            seen.update(further)
+            ahead += further
+        return False
+
+    def _keep(self, kept: Output) -> None:
+        with self.lock:
+            alive = [old for old in self.passes if not old.gone()]
+            self.passes = (*alive[1 - MOST_PASSES :], kept)
+
+    def _collect_compiled(self) -> None:
+        compiled, self.compiled = self.compiled, ()
+        self.seen = self.seen or bool(compiled)
+        for features, output, training, recorded in compiled:
+            for leaf in _outputs(output, features):
+                one = Pass(features, _version(features), training, recorded, leaf)
+                self._keep(Output(one, leaf))
+                if leaf.grad_fn is not None:
+                    one.release_after_backward(leaf.grad_fn)
+
+    def _refused(self, reason: str, node: Any = None) -> RuntimeError:
+        text = (
+            f"{reason}; logits must hold the output of one forward pass of the watched head, "
+            "sample by sample in the same order"
+        )
+        if self.parallel or (node is not None and node.name() == "GatherBackward"):
+            text += (
+                "\nThe model runs in torch.nn.DataParallel, whose replicas each see a part of the "
+                "batch; use torch.nn.parallel.DistributedDataParallel."
+            )
+        elif not self.seen:
+            text += (
+                "\nThe watched head has had no forward pass. Create the loss before a compiled "
+                "model first runs, and watch(head) the head that runs; a copied or unpickled loss "
+                "needs that, unless its head was copied with it."
+            )
+        if node is not None and _operator(node) in SELECTING:
+            text += LEAVE_OUT
+        return RuntimeError(text + WAY_OUT)
+
+
+SELECTING = ("slice", "select", "index", "index_select", "masked_select", "split", "unbind")
+
+
+class _Hook:
+    """A hook that is pickled and copied as one that does nothing and needs nothing but Python.
+
+    The copy of its recorder, where there is one, gives the copied hook its function again.
+    """
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self.call = call
+
+    def __call__(self, *arguments: Any) -> None:
+        self.call(*arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (nullcontext().__exit__,)
+
+
+def _rebuild(enter: Any, leave: Any) -> Recorder:
+    """A recorder behind two copied hooks."""
+    recorder = Recorder()
+    for hook, live in zip((enter, leave), recorder.hooks, strict=True):
+        hook.__setstate__((live, (), {}, None))
+    return recorder
+
+
+def _remove_stale_hooks(module: nn.Module) -> None:
+    """Removes hooks that came with a copy and that no loss uses."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            call: Any = hook
+            while isinstance(call, partial):
+                call = call.func
+            recorder = getattr(getattr(call, "call", None), "__self__", None)
+            stale = isinstance(recorder, Recorder) and not recorder.active
+            if stale or getattr(call, "__func__", None) is nullcontext.__exit__:
+                del hooks[key]
+
+
+def _first(inputs: tuple[Any, ...], named: dict[str, Any] | None) -> Any:
+    return inputs[0] if inputs else next(iter((named or {}).values()), None)
+
+
+def _outputs(output: Any, features: Any) -> list[Tensor]:
+    leaves = [output] if isinstance(output, Tensor) else tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf is not features]
+
+
+def _branches(node: Any) -> list[tuple[Any, int]]:
+    """Where the inputs of an operator come from, parameters and constants left out."""
+    return [
+        branch
+        for branch in node.next_functions
+        if branch[0] is not None and not branch[0].name().endswith("AccumulateGrad")
+    ]
+
+
+def _operator(node: Any) -> str:
+    """The name of an operator as it is written in Python: index_select of IndexSelectBackward0."""
+    name = node.name().rsplit("::", 1)[-1].split("Backward")[0]
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).strip("_")
+
+
+def _version(tensor: Any) -> int | None:
+    if not isinstance(tensor, Tensor) or tensor.is_inference():
+        return None
+    return tensor._version
+
+
+def _storage(tensor: Tensor) -> Any:
+    try:
+        return torch.multiprocessing.reductions.StorageWeakRef(tensor.untyped_storage())
+    except (NotImplementedError, RuntimeError):  # wrappers, as those of torch.func
+        return None
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
