@@ -6,9 +6,12 @@ import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from matplotlib.image import imread
+from torch import Tensor
 
 import separate_loss
 from tests.public_api import public_names
@@ -112,3 +115,43 @@ def test_documents_name_the_version() -> None:
     assert f"\nversion: {version}\n" in citation
     (released,) = re.findall(r"\ndate-released: (.*)\n", citation)
     assert f"\n## [{version}] - {released}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_features_given_by_hand_are_those_of_their_labels() -> None:
+    """In each block of the recipes, every row is that of a sample with the label beside it."""
+    (setting, *ways) = [
+        code for code in programs(ROOT / "docs" / "recipes.md") if "segment" not in code
+    ]
+    namespace: dict[str, Any] = {}
+    exec(setting, namespace)
+    criterion, model = namespace["criterion"], namespace["model"]
+    inputs, labels = namespace["inputs"], namespace["labels"]
+    checked = []
+
+    class Spy:
+        def __call__(
+            self, logits: Tensor, target: Tensor, features: Tensor | None = None
+        ) -> Tensor:
+            seen, known = logits, model(inputs)
+            if features is not None:
+                seen, known = features, model[0](inputs)
+            distance, sample = (seen[:, None] - known).norm(dim=-1).min(1)
+            assert distance.max() < 1e-5
+            counted = target != -100
+            assert torch.equal(target[counted], labels[sample][counted])
+            checked.append(features is not None)
+            loss: Tensor = criterion(logits, target, features=features)
+            return loss
+
+        def eval(self) -> "Spy":
+            criterion.eval()
+            return self
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(criterion, name)
+
+    namespace["criterion"] = Spy()
+    for code in ways:
+        exec(code, namespace)
+    assert len(checked) == 8
+    assert sum(checked) == 5

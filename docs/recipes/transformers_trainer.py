@@ -1,7 +1,8 @@
 """A Hugging Face classifier in its Trainer, with gradient accumulation and a resumed run.
 
-The criterion is made a part of the model. So the Trainer moves it to the model's device, puts it in
-evaluation mode with the model, and keeps its centers in the model's checkpoints.
+The criterion is a part of the model. So the Trainer moves it to the model's device, puts it in
+evaluation mode with the model, and keeps its centers in the model's checkpoints. The loss is taken
+inside of `forward`, from the head's own output: mixed precision may convert what leaves the model.
 """
 
 from tempfile import TemporaryDirectory
@@ -12,7 +13,7 @@ import transformers
 from data import NUM_CLASSES, batches
 from torch import Tensor
 
-from separate_loss import SoftmaxSeparateLoss
+from separate_loss import SeparateLoss, SoftmaxSeparateLoss
 
 transformers.utils.logging.disable_progress_bar()
 examples = [
@@ -32,17 +33,38 @@ config = transformers.ConvNextV2Config(
 )
 
 
+class Classifier(transformers.ConvNextV2ForImageClassification):  # type: ignore[misc]
+    """The model with the joint loss of its logits."""
+
+    def __init__(self, config: transformers.ConvNextV2Config) -> None:
+        super().__init__(config)
+        self.criterion = SoftmaxSeparateLoss(self.classifier)
+        self.post_init()
+
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor, num_items_in_batch: Tensor | None = None
+    ) -> Any:
+        outputs = super().forward(pixel_values)
+        outputs.loss = self.criterion(outputs.logits, labels)
+        if num_items_in_batch is not None:
+            # The Trainer adds up the losses of accumulated batches: each is to give its share.
+            outputs.loss = outputs.loss * (len(labels) / num_items_in_batch)
+        return outputs
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        # `from_pretrained` calls this for modules that it made without values; it marks what it
+        # loaded.
+        if isinstance(module, SeparateLoss):
+            if not getattr(module.centers, "_is_hf_initialized", False):
+                module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+
 def train(folder: str, steps: int, *, resume: bool = False) -> tuple[Tensor, transformers.Trainer]:
     """Trains a new model up to `steps`, if told so from the last checkpoint in `folder` on."""
     torch.manual_seed(0)
-    model = transformers.ConvNextV2ForImageClassification(config)
-    model.criterion = criterion = SoftmaxSeparateLoss(model.classifier)
-
-    def compute_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
-        # The Trainer adds up the losses of accumulated batches: each is to give its share.
-        loss: Tensor = criterion(outputs.logits, labels)
-        return loss * (len(labels) / num_items_in_batch)
-
+    model = Classifier(config)
     arguments = transformers.TrainingArguments(
         folder,
         max_steps=steps,
@@ -56,12 +78,10 @@ def train(folder: str, steps: int, *, resume: bool = False) -> tuple[Tensor, tra
         disable_tqdm=True,
         dataloader_pin_memory=torch.accelerator.is_available(),
     )
-    trainer = transformers.Trainer(
-        model, arguments, train_dataset=seen, eval_dataset=unseen, compute_loss_func=compute_loss
-    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=seen, eval_dataset=unseen)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train(resume_from_checkpoint=resume)
-    return criterion.separate.centers, trainer
+    return model.criterion.separate.centers, trainer
 
 
 with TemporaryDirectory() as folder:
@@ -75,7 +95,16 @@ before = centers.clone()
 unseen_loss = trainer.evaluate()["eval_loss"]
 evaluation_moves = not torch.equal(centers, before)
 
+with TemporaryDirectory() as folder:
+    trainer.save_model(folder)
+    loaded = Classifier.from_pretrained(folder)
+    loaded_alike = torch.equal(loaded.criterion.separate.centers.cpu(), centers.cpu())
+    # Of a model without the loss, as one from a hub: centers start anew.
+    transformers.ConvNextV2ForImageClassification(config).save_pretrained(folder)
+    fresh = not Classifier.from_pretrained(folder).criterion.separate.centers.any()
+
 print(
     f"loss {losses[0]:.3f} to {losses[-1]:.3f}, unseen {unseen_loss:.3f}, "
-    f"resumed alike: {resumed_alike}, evaluation moves centers: {evaluation_moves}"
+    f"resumed alike: {resumed_alike}, evaluation moves centers: {evaluation_moves}, "
+    f"loaded alike: {loaded_alike}, fresh without a checkpoint: {fresh}"
 )

@@ -1,0 +1,37 @@
+"""An optimizer that evaluates the loss many times a step, as `torch.optim.LBFGS` does.
+
+Within a step the centers stay, by the loss in evaluation mode, so that the optimizer sees one
+function; then one pass moves them.
+"""
+
+import torch
+from data import NUM_CLASSES, PATTERN_SIZE, batches
+from torch import Tensor, nn
+
+from separate_loss import SoftmaxSeparateLoss
+
+torch.manual_seed(0)
+model = nn.Sequential(
+    nn.Linear(PATTERN_SIZE, 64), nn.Tanh(), nn.Linear(64, 16), nn.Linear(16, NUM_CLASSES)
+)
+criterion = SoftmaxSeparateLoss(model[-1])
+optimizer = torch.optim.LBFGS(model.parameters(), max_iter=5, line_search_fn="strong_wolfe")
+inputs, labels = (torch.cat(column) for column in zip(*batches(8), strict=True))
+
+
+def closure() -> Tensor:
+    """The loss and its gradient, under the centers as they are."""
+    optimizer.zero_grad()
+    loss: Tensor = criterion(model(inputs), labels)
+    loss.backward()
+    return loss
+
+
+losses = []
+for _ in range(20):
+    losses.append(criterion(model(inputs), labels).item())  # moves the centers
+    criterion.eval()
+    optimizer.step(closure)
+    criterion.train()
+
+print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}")

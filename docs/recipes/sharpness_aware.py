@@ -1,0 +1,42 @@
+"""Sharpness-aware minimisation (SAM): two passes for each step, of which one moves the centers.
+
+The second pass runs with the loss in evaluation mode, which keeps gradients and leaves centers.
+"""
+
+import torch
+from data import NUM_CLASSES, PATTERN_SIZE, batches
+from torch import nn
+
+from separate_loss import SoftmaxSeparateLoss
+
+RADIUS = 0.05
+
+torch.manual_seed(0)
+model = nn.Sequential(
+    nn.Linear(PATTERN_SIZE, 64), nn.ReLU(), nn.Linear(64, 16), nn.Linear(16, NUM_CLASSES)
+)
+criterion = SoftmaxSeparateLoss(model[-1])
+parameters = list(model.parameters())
+optimizer = torch.optim.Adam(parameters, lr=3e-3)
+
+losses = []
+for inputs, labels in batches(150):
+    loss = criterion(model(inputs), labels)
+    climb = torch.autograd.grad(loss, parameters)
+    length = torch.stack([gradient.norm() for gradient in climb]).norm()
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, climb, strict=True):
+            parameter.add_(RADIUS / length * gradient)
+
+    optimizer.zero_grad()
+    criterion.eval()
+    criterion(model(inputs), labels).backward()
+    criterion.train()
+
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, climb, strict=True):
+            parameter.sub_(RADIUS / length * gradient)
+    optimizer.step()
+    losses.append(loss.item())
+
+print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}")
