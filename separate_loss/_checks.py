@@ -7,15 +7,18 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from separate_loss._torch import assert_on_device, under_vmap
+
 Reduction = Literal["none", "mean", "sum"]
 CenterUpdate = Literal["paper", "gradient", "none"]
 CenterInit = Literal["features", "sphere", "normal", "uniform"]
 ClassDim = Literal[1, -1]
+# At import, as the compiler of torch 2.6 traces no `get_args`.
+REDUCTIONS, CENTER_UPDATES = get_args(Reduction), get_args(CenterUpdate)
+CENTER_INITS, CLASS_DIMS = get_args(CenterInit), get_args(ClassDim)
 
 
-def check_choice(name: str, value: object, choices: object) -> None:
-    """One of the values of a Literal."""
-    allowed = get_args(choices)
+def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         expected = ", ".join(map(repr, allowed))
         raise ValueError(f"{name} must be one of {expected}, got {value!r}")
@@ -29,7 +32,7 @@ def check_int(name: str, value: object, least: int | None = None) -> None:
 
 
 def check_rate(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, float | int):
+    if isinstance(value, bool) or not isinstance(value, (float, int)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {value}")
@@ -70,7 +73,7 @@ def check_center_init(
 ) -> None:
     """Where centers can start under an update: a way to draw them, or finite values for them."""
     if not isinstance(value, Tensor):
-        check_choice("center_init", value, CenterInit)
+        check_choice("center_init", value, CENTER_INITS)
         if value == "features" and center_update != "paper":
             raise ValueError(
                 "center_init='features' needs center_update='paper', which starts the centers, "
@@ -112,9 +115,9 @@ def check_batch(
             "target must hold class indices (an integer type) or class probabilities "
             f"(a floating type), got {target.dtype}"
         )
-    expected = features.shape[:-1]
+    expected: tuple[int, ...] = features.shape[:-1]
     if target.is_floating_point():
-        expected = torch.Size((*expected, num_classes))
+        expected = (*expected, num_classes)
     if target.shape != expected:
         kind = "probabilities" if target.is_floating_point() else "indices"
         column = target.shape == (*expected, 1)
@@ -214,7 +217,7 @@ def split_ignored(
         kept = target != ignore_index
         target = target.where(kept, 0)
         if torch.compiler.is_compiling() or not under_vmap(target):
-            torch._assert_async(
+            assert_on_device(
                 ((target >= 0) & (target < num_classes)).all(),
                 f"target must hold class indices in [0, {num_classes}) or ignore_index",
             )
@@ -240,14 +243,3 @@ def can_read(value: Tensor) -> bool:
     """Whether Python may look at the values: on the CPU, and not while tracing or under vmap."""
     plain = value.is_cpu and type(value) in (Tensor, Parameter)
     return plain and not torch.compiler.is_compiling() and not under_vmap(value)
-
-
-def under_vmap(value: Tensor) -> bool:
-    """Whether the tensor stands for a batch of tensors."""
-    if torch._C._functorch.is_legacy_batchedtensor(value):  # is_grads_batched=True
-        return True
-    while torch._C._functorch.is_functorch_wrapped_tensor(value):
-        if torch._C._functorch.is_batchedtensor(value):
-            return True
-        value = torch._C._functorch.get_unwrapped(value)
-    return False

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from separate_loss._torch import saved
+
 # Operators by the names of their nodes in autograd's graph, as Add for AddBackward0.
 # fmt: off
 ELEMENTWISE = {
@@ -114,22 +116,25 @@ def _steps(dims: Iterable[tuple[int, int]], left_out: int) -> list[tuple[int, in
 
 
 def _sizes_before(node: Any, after: Sequence[int]) -> Sequence[int]:
-    if hasattr(node, "_saved_self_sym_sizes"):
-        return tuple(node._saved_self_sym_sizes)
-    if _kind(node) == "Unsqueeze":
-        dim = _signed(node._saved_dim) % len(after)
-        return [*after[:dim], *after[dim + 1 :]]
-    return ()
+    sizes = saved(node, "self_sym_sizes")
+    if sizes is not None:
+        return tuple(sizes)
+    dim = saved(node, "dim")
+    if _kind(node) != "Unsqueeze" or dim is None:
+        return ()
+    dim = _signed(dim) % len(after)
+    return [*after[:dim], *after[dim + 1 :]]
 
 
 def _order(node: Any, ndim: int) -> list[int]:
-    """Which dimension of the input each dimension of the output is."""
-    order = list(range(ndim))
+    """Which dimension of the input each dimension of the output is; none where nothing tells."""
     if _kind(node) == "Permute":
-        return [_signed(dim) % ndim for dim in node._saved_dims]
-    first, second = (0, ndim - 1)
-    if _kind(node) == "Transpose":
-        first, second = (_signed(dim) % ndim for dim in (node._saved_dim0, node._saved_dim1))
+        return [_signed(dim) % ndim for dim in saved(node, "dims") or ()]
+    swapped = (0, -1) if _kind(node) == "T" else (saved(node, "dim0"), saved(node, "dim1"))
+    if None in swapped:
+        return []
+    first, second = (_signed(dim) % ndim for dim in swapped)
+    order = list(range(ndim))
     order[first], order[second] = order[second], order[first]
     return order
 

@@ -12,6 +12,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from separate_loss._layout import class_dim_after, class_dim_of_view, dim_of, keeps_samples
+from separate_loss._torch import (
+    backward_keeps_graph,
+    hooks_of,
+    in_backward,
+    is_exporting,
+    is_replica,
+    not_compiled,
+    notes_on,
+    storage_of,
+    version_of,
+)
 
 # Passes without a graph, and compiled ones, of which the latest are kept.
 MOST_PASSES, MOST_COMPILED = 8, 4
@@ -43,7 +54,7 @@ class Pass:
 
         def after_backward(*_: object) -> None:
             one = reference()
-            if one is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
+            if one is not None and not backward_keeps_graph():
                 one.features = None
 
         node.register_hook(after_backward)
@@ -55,8 +66,8 @@ class Output:
     def __init__(self, one: Pass, output: Tensor) -> None:
         self.one = one
         self.node, self.number = output.grad_fn, output.output_nr
-        self.storage = _storage(output)
-        self.version = _version(output)
+        self.storage = storage_of(output)
+        self.version = version_of(output)
         self.strides, self.offset, self.dtype = (
             output.stride(),
             output.storage_offset(),
@@ -67,11 +78,11 @@ class Output:
         """Whether nothing can lead here any more."""
         return self.node is None and (self.storage is None or self.storage.expired())
 
-    def shares_storage(self, logits: Tensor) -> bool:
+    def sharesstorage_of(self, logits: Tensor) -> bool:
         """Whether logits lie where the output lies, in the same type."""
         return (
             self.storage is not None
-            and self.storage == _storage(logits)
+            and self.storage == storage_of(logits)
             and (self.offset, self.dtype) == (logits.storage_offset(), logits.dtype)
         )
 
@@ -117,13 +128,13 @@ class Recorder:
 
     def enter(self, _: nn.Module, inputs: tuple[Any, ...], named: Any = None) -> None:
         """Before the module runs."""
-        if not self.active or torch.compiler.is_compiling() or _in_backward():
+        if not self.active or torch.compiler.is_compiling() or in_backward():
             return
-        self.versions[threading.get_ident()] = _version(_first(inputs, named))
+        self.versions[threading.get_ident()] = version_of(_first(inputs, named))
 
     def leave(self, module: nn.Module, inputs: tuple[Any, ...], *others: Any) -> None:
         """After the module has run. Quantization copies hooks and then calls them without names."""
-        if not self.active or torch.compiler.is_exporting():
+        if not self.active or is_exporting():
             return
         features, output = _first(inputs, others[0] if len(others) > 1 else None), others[-1]
         training, recorded = module.training, torch.is_grad_enabled()
@@ -131,11 +142,11 @@ class Recorder:
             latest = self.compiled[1 - MOST_COMPILED :]
             self.compiled = (*latest, (features, output, training, recorded))
             return
-        if _in_backward():
+        if in_backward():
             # Activation checkpointing runs the module once more.
             return
         self.module, self.seen = weakref.ref(module), True
-        self.parallel = self.parallel or getattr(module, "_is_replica", False)
+        self.parallel = self.parallel or is_replica(module)
         version = self.versions.pop(threading.get_ident(), None)
         for leaf in _outputs(output, features):
             one = Pass(features, version, training, recorded, leaf)
@@ -143,7 +154,7 @@ class Recorder:
                 self._keep(Output(one, leaf))
             else:
                 node: Any = leaf.grad_fn
-                node.metadata.setdefault(self, {})[leaf.output_nr] = one
+                notes_on(node).setdefault(self, {})[leaf.output_nr] = one
                 one.release_after_backward(node)
 
     def take_compiled(self, logits: Tensor) -> Pass | None:
@@ -155,6 +166,7 @@ class Recorder:
                 return Pass(features, None, training, recorded, output)
         return None
 
+    @not_compiled
     def find(self, logits: Tensor, class_dim: int) -> tuple[Pass, int]:
         """The pass that logits hold the output of, and the dimension of logits with the classes.
 
@@ -169,12 +181,9 @@ class Recorder:
             raise self._refused(f"logits have the classes in dimension {dim}, not in 1 or the last")
         return one, dim
 
-    # As torch.compiler.disable does, which would load the whole compiler.
-    vars()["find"]._torchdynamo_disable = True
-
     def _find(self, logits: Tensor, class_dim: int) -> tuple[Pass, int]:
         for kept in reversed(self.passes):
-            if kept.shares_storage(logits) and kept.version == _version(logits):
+            if kept.sharesstorage_of(logits) and kept.version == version_of(logits):
                 sizes = kept.one.sizes
                 dim = class_dim_of_view(logits, sizes, kept.strides, dim_of(class_dim, sizes))
                 if dim is None:
@@ -221,7 +230,7 @@ class Recorder:
         for kept in reversed(self.passes):
             if kept.node is node and kept.number == number:
                 return kept.one
-        one: Pass | None = node.metadata.get(self, {}).get(number)
+        one: Pass | None = notes_on(node).get(self, {}).get(number)
         return one
 
     def _reaches(self, branch: tuple[Any, int]) -> bool:
@@ -245,7 +254,7 @@ class Recorder:
         self.seen = self.seen or bool(compiled)
         for features, output, training, recorded in compiled:
             for leaf in _outputs(output, features):
-                one = Pass(features, _version(features), training, recorded, leaf)
+                one = Pass(features, version_of(features), training, recorded, leaf)
                 self._keep(Output(one, leaf))
                 if leaf.grad_fn is not None:
                     one.release_after_backward(leaf.grad_fn)
@@ -300,7 +309,7 @@ def _rebuild(enter: Any, leave: Any) -> Recorder:
 
 def _remove_stale_hooks(module: nn.Module) -> None:
     """Removes hooks that came with a copy and that no loss uses."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+    for hooks in hooks_of(module):
         for key, hook in list(hooks.items()):
             call: Any = hook
             while isinstance(call, partial):
@@ -333,20 +342,3 @@ def _operator(node: Any) -> str:
     """The name of an operator as it is written in Python: index_select of IndexSelectBackward0."""
     name = node.name().rsplit("::", 1)[-1].split("Backward")[0]
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).strip("_")
-
-
-def _version(tensor: Any) -> int | None:
-    if not isinstance(tensor, Tensor) or tensor.is_inference():
-        return None
-    return tensor._version
-
-
-def _storage(tensor: Tensor) -> Any:
-    try:
-        return torch.multiprocessing.reductions.StorageWeakRef(tensor.untyped_storage())
-    except (NotImplementedError, RuntimeError):  # wrappers, as those of torch.func
-        return None
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1

@@ -6,8 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from separate_loss.functional import Summed
-
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -40,15 +38,11 @@ def start_equal(centers: Tensor, group: "ProcessGroup") -> None:
     dist.all_reduce(shared, group=group)
 
 
-def sum_over(group: "ProcessGroup") -> Summed:
-    """A function from one process's class sums and counts to those of all, in one message."""
-
-    def summed(sums: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        packed = torch.cat([sums, count.unsqueeze(-1)], dim=-1)
-        dist.all_reduce(packed, group=group)
-        return packed[:, :-1], packed[:, -1]
-
-    return summed
+def sum_over(group: "ProcessGroup", sums: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The class sums and counts of all processes, from those of each, in one message."""
+    packed = torch.cat([sums, count.unsqueeze(-1)], dim=-1)
+    dist.all_reduce(packed, group=group)
+    return packed[:, :-1], packed[:, -1]
 
 
 def average_gradient(centers: Tensor, group: "ProcessGroup") -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from separate_loss import ops
 from separate_loss._checks import (
+    REDUCTIONS,
     Reduction,
     can_read,
     check_batch,
@@ -111,7 +112,7 @@ def intra_class_loss(
         tensor([0.0000, 1.0000, 0.5000])
 
     """
-    check_choice("reduction", reduction, Reduction)
+    check_choice("reduction", reduction, REDUCTIONS)
     batch = read_batch(features, target, centers, weight, ignore_index)
     units, _ = ops.unit(batch.features)
     if batch.target.is_floating_point():
@@ -199,7 +200,7 @@ def separate_loss(
         tensor(0.8750)
 
     """
-    check_choice("reduction", reduction, Reduction)
+    check_choice("reduction", reduction, REDUCTIONS)
     if reduction == "mean":
         step = read_fused(features, target, centers, weight, ignore_index)
         if step is not None:

@@ -5,7 +5,7 @@ the device has it. A class without samples has no center: its row and its figure
 means leave it out.
 """
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 Reduction = Literal["none", "mean"]
+REDUCTIONS = get_args(Reduction)
 
 
 class ClassStatistics:
@@ -104,7 +105,7 @@ class ClassStatistics:
         self, centers: Tensor | None = None, *, reduction: Reduction = "mean"
     ) -> Tensor:
         """As the function `intra_class_similarity`; without `centers`, to the class means."""
-        check_choice("reduction", reduction, Reduction)
+        check_choice("reduction", reduction, REDUCTIONS)
         if centers is None:
             centers = self.class_centers()
         _check_fit("centers", centers, self.sums)
@@ -193,7 +194,7 @@ def inter_class_similarity(centers: Tensor, *, reduction: Reduction = "mean") ->
 
     """
     check_centers("centers", centers)
-    check_choice("reduction", reduction, Reduction)
+    check_choice("reduction", reduction, REDUCTIONS)
     units, _ = ops.unit(_wide(centers))
     absent = units.isnan().any(-1)
     units = units.masked_fill(absent.unsqueeze(-1), 0)
@@ -225,7 +226,7 @@ def center_agreement(
     """
     check_centers("centers", centers)
     _check_fit("true_centers", true_centers, centers)
-    check_choice("reduction", reduction, Reduction)
+    check_choice("reduction", reduction, REDUCTIONS)
     (units, _), (true_units, _) = ops.unit(_wide(centers)), ops.unit(_wide(true_centers))
     return _reduce((units * true_units).sum(-1), reduction)
 

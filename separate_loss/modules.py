@@ -1,12 +1,15 @@
 """The loss as a module with centers of its own."""
 
 import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from separate_loss._checks import (
+    CENTER_UPDATES,
+    REDUCTIONS,
     CenterInit,
     CenterUpdate,
     Reduction,
@@ -126,10 +129,10 @@ class SeparateLoss(nn.Module):
         super().__init__()
         check_int("num_classes", num_classes, least=2)
         check_int("feature_dim", feature_dim, least=1)
-        check_choice("center_update", center_update, CenterUpdate)
+        check_choice("center_update", center_update, CENTER_UPDATES)
         check_rate("center_lr", center_lr)
         check_int("ignore_index", ignore_index)
-        check_choice("reduction", reduction, Reduction)
+        check_choice("reduction", reduction, REDUCTIONS)
         check_processes(processes)
         if weight is not None:
             check_weight(weight, num_classes)
@@ -211,7 +214,7 @@ class SeparateLoss(nn.Module):
     def _move(self, reading: Reading, group: "ProcessGroup | None") -> None:
         # The buffer itself, or a copy of it in the type that was computed in.
         centers = reading.batch.centers
-        summed = None if group is None else sum_over(group)
+        summed = None if group is None else partial(sum_over, group)
         move_centers_(centers, reading, self.center_lr, start=True, summed=summed)
         if centers is not self.centers:
             self.centers.copy_(centers)

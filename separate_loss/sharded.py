@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from separate_loss import ops
 from separate_loss._checks import (
+    REDUCTIONS,
     CenterInit,
     Reduction,
     check_center_init,
@@ -91,7 +92,7 @@ class ShardedSeparateLoss(nn.Module):
         check_rate("center_lr", center_lr)
         check_center_init(center_init, (num_classes, feature_dim), "paper")
         check_int("ignore_index", ignore_index)
-        check_choice("reduction", reduction, Reduction)
+        check_choice("reduction", reduction, REDUCTIONS)
         if not dist.is_initialized():
             raise RuntimeError("call torch.distributed.init_process_group before sharding centers")
         if device is None:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from separate_loss._checks import (
+    CLASS_DIMS,
     CenterInit,
     CenterUpdate,
     ClassDim,
@@ -23,6 +23,7 @@ from separate_loss._checks import (
 )
 from separate_loss._layout import dim_of
 from separate_loss._recorder import Pass, Recorder
+from separate_loss._torch import version_of
 from separate_loss.modules import SeparateLoss
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
     from separate_loss.distributed import Processes
 
 __all__ = ["SoftmaxSeparateLoss", "SoftmaxSeparateTerms"]
+
+CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 
 
 class SoftmaxSeparateTerms(NamedTuple):
@@ -130,7 +136,7 @@ class SoftmaxSeparateLoss(nn.Module):
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
         if class_dim is None:
             class_dim = _class_dim_of(head)
-        check_choice("class_dim", class_dim, ClassDim)
+        check_choice("class_dim", class_dim, CLASS_DIMS)
         if device is None:
             device = next((parameter.device for parameter in head.parameters()), None)
         self.separate_weight = separate_weight
@@ -229,7 +235,7 @@ class SoftmaxSeparateLoss(nn.Module):
                 "features; run the model with gradients on, and use_reentrant=False in "
                 "torch.utils.checkpoint"
             )
-        if one.version is not None and features._version != one.version:
+        if one.version is not None and version_of(features) != one.version:
             raise RuntimeError(
                 "the head's input was changed in place after it had entered the head; use "
                 "operators that are not in place, as torch.nn.ReLU(inplace=False)"
@@ -332,7 +338,7 @@ def _size(layer: nn.Module, side: str) -> int | None:
 
 def _class_dim_of(head: nn.Module) -> ClassDim:
     layers = _layers(head)
-    return 1 if layers and isinstance(layers[-1], _ConvNd) else -1
+    return 1 if layers and isinstance(layers[-1], CONVOLUTIONS) else -1
 
 
 def _size_of(name: str, given: int | None, head: nn.Module) -> int:

@@ -49,6 +49,7 @@ def test_import_needs_torch_alone() -> None:
 
 def test_imports_go_down_only() -> None:
     order = [
+        "_torch",
         "_checks",
         "_layout",
         "_recorder",

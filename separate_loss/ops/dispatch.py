@@ -8,17 +8,15 @@ made for goes to the eager form in any case.
 import os
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from separate_loss._checks import check_choice
+from separate_loss._torch import in_transform
 
-Choice = Literal["auto", "eager", "fused"]
 CHOICE = os.environ.get("SEPARATE_LOSS_OPS", "auto")
-check_choice("SEPARATE_LOSS_OPS", CHOICE, Choice)
+check_choice("SEPARATE_LOSS_OPS", CHOICE, ("auto", "eager", "fused"))
 
 # Whether "auto" takes the kernels on CUDA. No GPU has run them yet.
 AUTO_TAKES_KERNELS = False
@@ -48,9 +46,7 @@ def kernels_for(features: Tensor, target: Tensor, centers: Tensor) -> ModuleType
         return None
     if centers.shape[1] > MOST_FEATURES:
         return None
-    if not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    ):
+    if not torch.compiler.is_compiling() and in_transform():
         return None
     hindrance = _hindrance(features, centers)
     if hindrance is None:

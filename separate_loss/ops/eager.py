@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from separate_loss._checks import can_read
+from separate_loss._torch import in_autocast, in_forward_mode, in_transform
 
 # A block of centers stays in the processor's cache from one pass over it to the next.
 BLOCK_ELEMENTS = 2**20
@@ -24,7 +24,7 @@ FEW_ELEMENTS = 2**16
 def matmul(left: Tensor, right: Tensor) -> Tensor:
     """The product left @ right in the type of its arguments, also inside an autocast region."""
     device = left.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not in_autocast(device):
         return left @ right
     with torch.autocast(device, enabled=False):
         return left @ right
@@ -188,7 +188,7 @@ class _Compare(torch.autograd.Function):
         held: Tensor | None = centers
         if not ctx.needs_input_grad[1]:
             held = None  # They may move before the backward pass.
-            if forward_ad._current_level < 0:
+            if torch.compiler.is_compiling() or not in_forward_mode():
                 ctx.mark_non_differentiable(of_centers, total, norms)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(held, index, cosines, total, *others, norms)
@@ -275,7 +275,7 @@ def compare(features: Tensor, centers: Tensor, index: Tensor) -> tuple[Tensor, .
     function: Any = _ComparePlainly
     if torch.compiler.is_compiling():
         function = _Compare
-    elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    elif in_transform():
         function = _CompareWithForwardMode
     compared: tuple[Tensor, ...] = function.apply(features, centers, index)
     return compared

@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 from torch.library import custom_op
 
-from separate_loss._checks import under_vmap
+from separate_loss._torch import assert_on_device, under_vmap
 from separate_loss.ops import eager, kernels
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -239,7 +239,7 @@ class Step(NamedTuple):
 def read(features: Tensor, target: Tensor, centers: Tensor, ignore_index: int) -> Step:
     """The loss of features (N, d) with class indices (N,) and centers (C, d)."""
     loss, numbers, _, samples, classes, total = read_op(features, target, centers, ignore_index)
-    torch._assert_async(
+    assert_on_device(
         numbers[4],
         f"target must hold class indices in [0, {centers.shape[0]}) or ignore_index",
     )
