@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -69,6 +71,11 @@ def not_compiled(function: Function) -> Function:
     """
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return function
+
+
+def compiler_moves_buffers() -> bool:
+    """Whether compiled code changes a buffer once; before 2.8, the backward pass does it again."""
+    return RELEASE >= (2, 8)
 
 
 def is_exporting() -> bool:

@@ -1,6 +1,7 @@
 """The loss as a module with centers of its own."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +21,7 @@ from separate_loss._checks import (
     check_set,
     check_weight,
 )
+from separate_loss._torch import compiler_moves_buffers, not_compiled
 from separate_loss.distributed import (
     Processes,
     average_gradient,
@@ -176,11 +178,16 @@ class SeparateLoss(nn.Module):
 
     def _step(self, features: Tensor, target: Tensor, *, moving: bool) -> Tensor:
         """The loss; centers move where `moving` and the modes allow it."""
+        moving = moving and self.training and self.center_update == "paper"
+        moving = moving and torch.is_grad_enabled()
+        if moving and torch.compiler.is_compiling() and not compiler_moves_buffers():
+            return _uncompiled(self._compute, features, target, moving)
+        return self._compute(features, target, moving)
+
+    def _compute(self, features: Tensor, target: Tensor, moving: bool) -> Tensor:
         if not self._checked and not torch.compiler.is_compiling():
             check_set("centers", self.centers, self._set)
             self._checked = not self.centers.is_meta
-        moving = moving and self.training and self.center_update == "paper"
-        moving = moving and torch.is_grad_enabled()
         learning = torch.is_grad_enabled() and self.centers.requires_grad
         group = group_of(self.processes) if moving or learning else None
         centers = self.centers if group is None else self._shared(group)
@@ -267,6 +274,11 @@ class SeparateLoss(nn.Module):
         if self.processes != "all":
             parts.append(f"processes={self.processes!r}")
         return ", ".join(parts)
+
+
+@not_compiled
+def _uncompiled(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return compute(*arguments)
 
 
 def fill(

@@ -19,6 +19,7 @@ def _worker(rank: int, size: int, folder: str, run: Callable[[int, int], Any]) -
     )
     try:
         torch.save(run(rank, size), f"{folder}/{rank}")
+        dist.barrier()  # a process that leaves early may abort the others
     finally:
         dist.destroy_process_group()
 

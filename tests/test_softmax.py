@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from separate_loss import SeparateLoss, SoftmaxSeparateLoss, separate_loss
+from tests.releases import COMPILES_UPDATES
 
 NUM_CLASSES = 5
 
@@ -240,7 +241,7 @@ def test_two_passes_before_two_calls_do_not_mix() -> None:
 def test_two_compiled_passes_before_two_calls_do_not_mix() -> None:
     torch._dynamo.reset()
     model = perceptron()
-    criterion = SoftmaxSeparateLoss(model[-1], center_init="sphere", center_lr=0.0)
+    criterion = SoftmaxSeparateLoss(model[-1], center_init="sphere", center_update="none")
     compiled = torch.compile(model, fullgraph=True)
     views = images(), images()
     expected = [criterion(model(view), labels()) for view in views]
@@ -638,7 +639,7 @@ def test_the_whole_step_compiles() -> None:
         ) -> Any:
             return criterion(model(batch), target)
 
-        call = torch.compile(step, fullgraph=True) if compiled else step
+        call = torch.compile(step, fullgraph=COMPILES_UPDATES) if compiled else step
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         torch.manual_seed(1)
         losses.append([])
