@@ -4,13 +4,29 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test fuzz lint docs package clean
+# What needs torch and the test tools alone.
+CORE := checks compile distributed functional gradients invariants memory metrics modules package \
+	pairing public_api robustness sharded softmax torch types
+
+.PHONY: demo test test-torch fuzz lint docs package clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m benchmarks.demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The core tests on another release, as in `make test-torch TORCH=2.6.0`, in an environment of its own
+# that is removed afterwards.
+test-torch: ENVIRONMENT = build/torch-$(TORCH)
+test-torch:
+	@test -n "$(TORCH)" || { echo "TORCH must name a release, as in TORCH=2.6.0"; exit 2; }
+	rm -rf $(ENVIRONMENT)
+	trap 'rm -rf $(ENVIRONMENT)' EXIT; set -e; $(PYTHON) -m venv $(ENVIRONMENT); \
+	grep -E '^(hypothesis|numpy|pytest)==' constraints.txt > $(ENVIRONMENT)/requirements.txt; \
+	$(ENVIRONMENT)/bin/pip install --quiet -r $(ENVIRONMENT)/requirements.txt torch==$(TORCH); \
+	$(ENVIRONMENT)/bin/python -m pytest $(CORE:%=tests/test_%.py) separate_loss \
+		--ignore=separate_loss/ops --ignore=separate_loss/plots.py
 
 fuzz: $(INSTALLED)
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests -m properties

@@ -48,7 +48,7 @@ def sent(samples: int, feature_dim: int, gpus: int) -> list[Collective]:
     As many of these classes lie on this GPU as on any other; fewer classes send less.
     """
     return [
-        Collective("alltoall_base_", "how many classes go where", gpus * INT),
+        Collective("alltoall_base_", "how many classes go where, float type", 2 * gpus * INT),
         Collective("alltoall_base_", "classes", samples * INT),
         Collective("alltoall_base_", "their unit centers", samples * feature_dim * FLOAT),
         Collective("allreduce_", "sum of unit centers, two counts", (feature_dim + 2) * FLOAT),

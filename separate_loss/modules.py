@@ -221,7 +221,9 @@ class SeparateLoss(nn.Module):
     def _move(self, reading: Reading, group: "ProcessGroup | None") -> None:
         # The buffer itself, or a copy of it in the type that was computed in.
         centers = reading.batch.centers
-        summed = None if group is None else partial(sum_over, group)
+        # Equal in all processes, whatever their features are.
+        dtype = torch.promote_types(self.centers.dtype, torch.float32)
+        summed = None if group is None else partial(sum_over, group, dtype)
         move_centers_(centers, reading, self.center_lr, start=True, summed=summed)
         if centers is not self.centers:
             self.centers.copy_(centers)
@@ -278,7 +280,9 @@ class SeparateLoss(nn.Module):
 
 @not_compiled
 def _uncompiled(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    return compute(*arguments)
+    # The mark alone would leave what `compute` calls to the compiler.
+    result: Tensor = torch.compiler.disable(compute)(*arguments)
+    return result
 
 
 def fill(

@@ -21,6 +21,7 @@ from separate_loss._checks import (
     check_int,
     check_rate,
 )
+from separate_loss.distributed import check_computed_alike
 from separate_loss.functional import finite, intra_terms, read_batch, reduce
 from separate_loss.modules import Terms, fill
 
@@ -145,7 +146,7 @@ class ShardedSeparateLoss(nn.Module):
 
         # Each class travels once, and in order, so that those of one shard stand together.
         classes, of_sample = batch.target.unique(return_inverse=True)
-        exchange = self._exchange(classes)
+        exchange = self._exchange(classes, batch.centers.dtype == torch.float64)
         index = exchange.to_owners(classes) - self._first_row
         rows = batch.centers.index_select(0, index) / norms.index_select(0, index).unsqueeze(-1)
         units, _ = ops.unit(batch.features)
@@ -189,14 +190,16 @@ class ShardedSeparateLoss(nn.Module):
         loss = reduce(intra, batch.mass, inter, self.reduction)
         return loss.reshape(features.shape[:-1]) if self.reduction == "none" else loss
 
-    def _exchange(self, classes: Tensor) -> "_Exchange":
-        """From the classes of the own samples, in order."""
+    def _exchange(self, classes: Tensor, is_double: bool) -> "_Exchange":
+        """From the classes of the own samples, in order, and how the process computes."""
         mesh = self.centers.device_mesh
         owners = classes // self._rows_each
-        sent = owners.bincount(minlength=mesh.size())
+        counts = owners.bincount(minlength=mesh.size())
+        sent = torch.stack([counts, torch.full_like(counts, is_double)], dim=1)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=mesh.get_group())
-        sizes = torch.stack([sent, received]).tolist()
+        sizes, doubles = torch.stack([sent, received]).permute(2, 0, 1).tolist()
+        check_computed_alike(sum(doubles[1]), mesh.size())
         return _Exchange(mesh.get_group(), *sizes)
 
     def extra_repr(self) -> str:

@@ -63,6 +63,7 @@ def test_module_in_training(kind: str, center_update: Any) -> None:
     twin = copy.deepcopy(plain)
     in_one = COMPILES_UPDATES or center_update != "paper"
     fast, counter = compiled(twin, fullgraph=in_one)
+    graphs = []
     for size in SIZES:
         features, target = batch(kind, size)
         results = []
@@ -75,7 +76,10 @@ def test_module_in_training(kind: str, center_update: Any) -> None:
             results.append((loss, grads, criterion.centers.detach().clone(), criterion.last_terms))
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other)
-    assert counter.frame_count == int(in_one)
+        graphs.append(counter.frame_count)
+    # The first call may be traced twice, as 2.15 first takes `center_lr` for a variable.
+    assert graphs[0] in ({1, 2} if in_one else {0})
+    assert set(graphs) == {graphs[0]}
 
 
 def test_update() -> None:

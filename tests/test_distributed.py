@@ -235,6 +235,32 @@ def test_dtensors_are_refused_clearly() -> None:
         assert "features must be a plain tensor, got a DTensor; pass its full_tensor()" in message
 
 
+def meet(rank: int, _: int) -> list[str]:
+    """Centers, then features, of unlike types, and centers of unlike sizes."""
+    types = [torch.float32, torch.float64]
+    messages = []
+    for classes, of_centers, of_features in (
+        (5, types[rank], torch.float32),
+        (5 + rank, torch.float32, torch.float32),
+        (5, torch.float32, types[rank]),
+    ):
+        criterion = SeparateLoss(classes, FEATURE_DIM, dtype=of_centers)
+        before = criterion.centers.clone()
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            criterion(torch.randn(3, FEATURE_DIM, dtype=of_features), torch.arange(3))
+        assert torch.equal(criterion.centers, before)
+        messages.append(str(error.value))
+    return messages
+
+
+def test_types_and_sizes_that_differ_are_refused_by_all() -> None:
+    for messages in run_in(2, meet):
+        types, sizes, features = messages
+        assert "(5, 4) of torch.float32 in the group's process 0 and (5, 4) of torch.f" in types
+        assert "process 0 and (6, 4) of torch.float32 in process 1" in sizes
+        assert "1 of 2 compute in torch.float64, the others in torch.float32" in features
+
+
 def test_nonsense_is_refused() -> None:
     with pytest.raises(ValueError, match=r"processes must be 'all', 'each' or a .* got 'some'"):
         SeparateLoss(3, 4, processes="some")  # type: ignore[arg-type]

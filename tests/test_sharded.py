@@ -171,7 +171,7 @@ def draw() -> dict[str, Tensor]:
     }
 
 
-def refuse(size: int) -> list[str]:
+def refuse(rank: int, size: int) -> list[str]:
     criterion = ShardedSeparateLoss(7, FEATURE_DIM)
     features = torch.randn(3, FEATURE_DIM)
     mesh = init_device_mesh("cpu", (1, size))
@@ -181,6 +181,7 @@ def refuse(size: int) -> list[str]:
         lambda: criterion(features[:, 1:], torch.arange(3)),
         lambda: ShardedSeparateLoss(7, FEATURE_DIM, center_init=torch.ones(2, FEATURE_DIM)),
         lambda: ShardedSeparateLoss(7, FEATURE_DIM, mesh=mesh),
+        lambda: criterion(features.double() if rank == 0 else features, torch.arange(3)),
     ]
     messages = []
     for call in calls:
@@ -212,7 +213,7 @@ def run_all(rank: int, size: int, folder: str) -> dict[str, Any]:
         "watch": watch(size),
         "other ways": other_ways(rank),
         "draw": draw(),
-        "refuse": refuse(size),
+        "refuse": refuse(rank, size),
         "saved by 3": (save if size == 3 else load)(folder),
     }
 
@@ -285,6 +286,7 @@ EXPECTED = [
     "features must have 4 values in the last dimension, as centers have, got shape (3, 3)",
     "center_init must have shape (7, 4), got (2, 4)",
     "mesh must have one dimension of cpu devices, got ",
+    "features must have one type in all processes, got such that 1 of ",
 ]
 
 
