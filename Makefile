@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 # What needs torch and the test tools alone.
-CORE := checks compile distributed functional gradients invariants memory metrics modules package \
-	pairing public_api robustness sharded softmax torch types
+CORE := checks compile distributed functional gradients invariants layouts memory metrics modules \
+	package pairing public_api robustness scale_free sharded softmax square torch types
 
 .PHONY: demo test test-torch fuzz lint docs package clean
 

@@ -13,9 +13,11 @@ Reduction = Literal["none", "mean", "sum"]
 CenterUpdate = Literal["paper", "gradient", "none"]
 CenterInit = Literal["features", "sphere", "normal", "uniform"]
 ClassDim = Literal[1, -1]
+Separation = Literal["mean", "square"]
 # At import, as the compiler of torch 2.6 traces no `get_args`.
 REDUCTIONS, CENTER_UPDATES = get_args(Reduction), get_args(CenterUpdate)
 CENTER_INITS, CLASS_DIMS = get_args(CenterInit), get_args(ClassDim)
+SEPARATIONS = get_args(Separation)
 
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -31,11 +33,21 @@ def check_int(name: str, value: object, least: int | None = None) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
 def check_rate(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (float, int)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
+def check_center_lr(value: object) -> None:
+    if value is not None:
+        check_rate("center_lr", value)
 
 
 def check_tensor(name: str, value: Tensor) -> None:

@@ -21,15 +21,18 @@ from torch import Tensor
 from separate_loss import ops
 from separate_loss._checks import (
     REDUCTIONS,
+    SEPARATIONS,
     Reduction,
+    Separation,
     can_read,
     check_batch,
     check_beside_centers,
+    check_bool,
+    check_center_lr,
     check_centers,
     check_choice,
     check_device,
     check_int,
-    check_rate,
     check_vectors,
     split_ignored,
 )
@@ -97,13 +100,14 @@ def intra_class_loss(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    scale_free: bool = False,
 ) -> Tensor:
     r"""How far samples point away from the centers of their classes, in [0, 1].
 
     $$ L_{intra} = 1 - \frac{1}{2m} \sum_i \left( \hat x_i^T \hat c_{y_i} + 1 \right) \tag{2} $$
 
-    The gradient for the features is Eq. 5. Arguments, reductions and errors are those of
-    `separate_loss`, without the inter-class term.
+    The gradient for the features is Eq. 5, or with `scale_free` Eq. 5 times their norms. Arguments,
+    reductions and errors are those of `separate_loss`, without the inter-class term.
 
     Examples:
         >>> centers = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
@@ -113,7 +117,8 @@ def intra_class_loss(
 
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    batch = read_batch(features, target, centers, weight, ignore_index)
+    check_bool("scale_free", scale_free)
+    batch = read_batch(features, target, centers, weight, ignore_index, scale_free=scale_free)
     units, _ = ops.unit(batch.features)
     if batch.target.is_floating_point():
         cosines = (units * _mix(batch, ops.unit(batch.centers)[0])).sum(-1)
@@ -124,34 +129,53 @@ def intra_class_loss(
     return loss.reshape(features.shape[:-1]) if reduction == "none" else loss
 
 
-def inter_class_loss(centers: Tensor) -> Tensor:
-    r"""How similar the centers are to one another, in [(C - 2) / (2 (C - 1)), 1].
+def inter_class_loss(centers: Tensor, *, separation: Separation = "mean") -> Tensor:
+    r"""How similar the centers are to one another.
+
+    ``separation="mean"`` is Eq. 3, in [(C - 2) / (2 (C - 1)), 1]:
 
     $$
     L_{inter} = \frac{1}{2 |S| (|S| - 1)} \sum_k \sum_{j \ne k}
         \left( \hat c_k^T \hat c_j + 1 \right) \tag{3}
     $$
 
-    Computed from the sum of the unit centers in O(C d) time. The least value is reached by unit
-    centers that sum to zero.
+    Computed from the sum of the unit centers in O(C d) time. The least value is reached by any unit
+    centers that sum to zero. ``separation="square"``, which is not in the paper, is in [0, 1], and
+    0 only where each pair of centers has the cosine of a simplex, -1 / (C - 1):
+
+    $$
+    Q = \frac{1}{C (C - 1) (1 + a)^2} \sum_k \sum_{j \ne k}
+        \left( \hat c_k^T \hat c_j + a \right)^2, \quad a = \frac{1}{C - 1}
+    $$
+
+    Computed from a Gram matrix of min(C, d) rows, in O(C d min(C, d)) time. Zero centers are in no
+    pair of it.
 
     Args:
         centers: floating point, (C, d) with C >= 2.
+        separation: ``"mean"`` or ``"square"``.
 
     Returns:
         A scalar.
 
     Raises:
         TypeError: `centers` is not a floating-point tensor.
-        ValueError: `centers` is not of shape (C, d) or holds fewer than two classes.
+        ValueError: `centers` is not of shape (C, d) or holds fewer than two classes, or an unknown
+            separation.
 
     Examples:
-        >>> inter_class_loss(torch.tensor([[2.0, 0.0], [0.0, 5.0]]))
+        >>> centers = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
+        >>> inter_class_loss(centers)
         tensor(0.5000)
+        >>> inter_class_loss(centers, separation="square")
+        tensor(0.2500)
 
     """
+    check_choice("separation", separation, SEPARATIONS)
     check_centers("centers", centers)
     centers = centers.to(_compute_dtype(centers))
+    if separation == "square":
+        return ops.square(centers)[0]
     none = torch.zeros(0, dtype=torch.long, device=centers.device)
     return ops.compare(centers[:0], centers, none)[1]
 
@@ -164,6 +188,8 @@ def separate_loss(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    scale_free: bool = False,
+    separation: Separation = "mean",
 ) -> Tensor:
     r"""The separate loss: intra-class plus inter-class loss.
 
@@ -180,6 +206,10 @@ def separate_loss(
         reduction: ``"mean"`` gives the mean of L_intra under the samples' weights, plus L_inter;
             ``"none"`` the weight of each sample times its (L_intra + L_inter), shape `(*)`;
             ``"sum"`` the sum of these. A batch in which no sample counts has L_intra = 0.
+        scale_free: multiplies the gradient for each of the features by its norm, held constant, so
+            that the pull on a sample does not depend on the size of its features. That is no
+            gradient of the loss; values and the gradient for centers stay.
+        separation: L_inter as in `inter_class_loss`: ``"mean"``, Eq. 3, or ``"square"``.
 
     Returns:
         A scalar, or `(*)` for ``reduction="none"``, in float32 or wider.
@@ -187,7 +217,7 @@ def separate_loss(
     Raises:
         TypeError: an argument is of a wrong type.
         ValueError: sizes do not fit together, fewer than two classes, devices differ, a negative
-            weight, or an unknown reduction.
+            weight, or an unknown reduction or separation.
         IndexError: a class index is out of range. On accelerators and in compiled code, where
             reading it would mean to wait, an assertion on the device fails instead.
 
@@ -201,11 +231,14 @@ def separate_loss(
 
     """
     check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("separation", separation, SEPARATIONS)
+    check_bool("scale_free", scale_free)
+    form = Form(scale_free, separation)
     if reduction == "mean":
-        step = read_fused(features, target, centers, weight, ignore_index)
+        step = read_fused(features, target, centers, weight, ignore_index, form)
         if step is not None:
             return step.loss
-    reading = read(features, target, centers, weight, ignore_index)
+    reading = read(features, target, centers, weight, ignore_index, form)
     loss = reduce(reading.intra, reading.batch.mass, reading.inter, reduction)
     return loss.reshape(features.shape[:-1]) if reduction == "none" else loss
 
@@ -215,8 +248,9 @@ def update_centers(
     target: Tensor,
     centers: Tensor,
     *,
-    center_lr: float,
+    center_lr: float | None,
     ignore_index: int = -100,
+    separation: Separation = "mean",
 ) -> Tensor:
     r"""The centers after one step of the paper's rule, which is not a gradient step on Eq. 4.
 
@@ -234,14 +268,17 @@ def update_centers(
 
     with n_j the number of samples of class j and m that of all. Eq. 7 is half of the gradient of
     Eq. 3, and Eq. 6 the gradient of Eq. 2 over 1 + n_j. Under class probabilities n_j is their sum.
+    With ``separation="square"`` half of that one's gradient takes the place of Eq. 7.
     Samples with NaN or infinity in their features count for nothing. A zero center stays zero.
 
     Args:
         features: as in `separate_loss`.
         target: as in `separate_loss`.
         centers: as in `separate_loss`; left as it is.
-        center_lr: alpha, finite and not negative.
+        center_lr: alpha, finite and not negative. None takes m / 10: by Eq. 6 a center then turns
+            as far for each sample of its class whatever the size of the batch.
         ignore_index: as in `separate_loss`.
+        separation: as in `inter_class_loss`.
 
     Returns:
         New centers (C, d) in the type of `centers`, outside of autograd.
@@ -258,14 +295,16 @@ def update_centers(
                 [-0.2500,  1.0000]])
 
     """
-    check_rate("center_lr", center_lr)
+    check_center_lr(center_lr)
+    check_choice("separation", separation, SEPARATIONS)
+    form = Form(separation=separation)
     with torch.no_grad():
-        step = read_fused(features, target, centers, None, ignore_index)
+        step = read_fused(features, target, centers, None, ignore_index, form)
         if step is not None:
             moved = centers.clone()
             step.move_(moved, center_lr, start=False)
             return moved
-        reading = read(features, target, centers, None, ignore_index)
+        reading = read(features, target, centers, None, ignore_index, form)
         moved = torch.empty_like(reading.batch.centers)
         move_centers_(moved, reading, center_lr)
         return moved.to(centers.dtype)
@@ -285,6 +324,13 @@ class Batch(NamedTuple):
     weight: Tensor | None  # (C,)
 
 
+class Form(NamedTuple):
+    """What of the loss differs from the paper."""
+
+    scale_free: bool = False
+    separation: Separation = "mean"
+
+
 class Reading(NamedTuple):
     """What one reading of a batch and of the centers yields."""
 
@@ -296,6 +342,7 @@ class Reading(NamedTuple):
     cosines: Tensor  # (N,), of the two under class indices, of mixed directions otherwise
     norms: Tensor  # (C,), the centers' norms
     total: Tensor  # (d,), the sum of the centers' directions
+    gram: Tensor | None  # of the centers' directions, for the squared separation
 
 
 def read_batch(
@@ -305,6 +352,8 @@ def read_batch(
     weight: Tensor | None,
     ignore_index: int,
     num_classes: int | None = None,
+    *,
+    scale_free: bool = False,
 ) -> Batch:
     """Checks and brings together; `num_classes` where the centers are a part of them."""
     num_classes = _check(features, target, centers, weight, ignore_index, num_classes)
@@ -313,6 +362,7 @@ def read_batch(
     dtype = _compute_dtype(features, centers)
     features = features.to(dtype)
     features = features if features.ndim == 2 else features.reshape(-1, feature_dim)
+    features = ops.scale_free(features) if scale_free else features
     weight = None if weight is None else weight.to(dtype)
     counted = mass = None
     if target.is_floating_point():
@@ -347,35 +397,58 @@ def _check(
 
 
 def read_fused(
-    features: Tensor, target: Tensor, centers: Tensor, weight: Tensor | None, ignore_index: int
+    features: Tensor,
+    target: Tensor,
+    centers: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    form: Form,
 ) -> "Step | None":
     """What `read` and the mean reduction yield, by fused kernels; None where they do not serve."""
-    if weight is not None or not ops.may_fuse(centers):
+    if weight is not None or form.separation != "mean" or not ops.may_fuse(centers):
         return None
     _check(features, target, centers, weight, ignore_index)
     kernels = ops.kernels_for(features, target, centers)
     if kernels is None:
         return None
     features = features.reshape(-1, centers.shape[1])
+    if form.scale_free:
+        # In the wider type, as a gradient in half precision may be too small before it is scaled.
+        features = ops.scale_free(features.to(_compute_dtype(features, centers)))
     step: Step = kernels.read(features, target.reshape(-1), centers, ignore_index)
     return step
 
 
 def read(
-    features: Tensor, target: Tensor, centers: Tensor, weight: Tensor | None, ignore_index: int
+    features: Tensor,
+    target: Tensor,
+    centers: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    form: Form,
 ) -> Reading:
-    batch = read_batch(features, target, centers, weight, ignore_index)
+    batch = read_batch(features, target, centers, weight, ignore_index, scale_free=form.scale_free)
+    square = ops.square(batch.centers) if form.separation == "square" else None
     if batch.target.is_floating_point():
         units, _ = ops.unit(batch.features)
         directions, norms = ops.unit(batch.centers)
-        cosines, total = (units * _mix(batch, directions)).sum(-1), directions.sum(0)
-        inter = ops.inter(total, norms)
-    else:
+        cosines = (units * _mix(batch, directions)).sum(-1)
+        if square is None:
+            total = directions.sum(0)
+            inter = ops.inter(total, norms)
+    elif square is None:
         cosines, inter, total, units, directions, _, norms = ops.compare(
             batch.features, batch.centers, batch.target
         )
+    else:
+        units, _ = ops.unit(batch.features)
+        directions, _ = ops.unit(batch.centers.index_select(0, batch.target))
+        cosines = ops.within((units * directions).sum(-1), -1, 1)
+    gram = None
+    if square is not None:
+        inter, norms, total, gram = square
     intra = intra_terms(batch, cosines)
-    return Reading(batch, intra, inter, units, directions, cosines, norms, total)
+    return Reading(batch, intra, inter, units, directions, cosines, norms, total, gram)
 
 
 def reduce(
@@ -401,7 +474,7 @@ Summed = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def move_centers_(
     centers: Tensor,
     reading: Reading,
-    center_lr: float,
+    center_lr: float | None,
     *,
     start: bool = False,
     summed: Summed | None = None,
@@ -411,23 +484,36 @@ def move_centers_(
     Samples that are not finite are left out; `start` puts zero centers on their samples. `summed`
     is for a batch of which other processes read the rest.
     """
-    target, norms, total = reading.batch.target, reading.norms, reading.total
-    source = None if centers is reading.batch.centers else reading.batch.centers
+    target, norms, total, gram = reading.batch.target, reading.norms, reading.total, reading.gram
+    read = reading.batch.centers
+    source = None if centers is read else read
     units, cosines, counted = finite(reading.units, reading.cosines, reading.batch.counted)
-    if summed or target.is_floating_point() or ops.fewer_classes(centers, target):
+    by_sums = summed or target.is_floating_point() or ops.fewer_classes(centers, target)
+    if by_sums:
+        sums, count = ops.class_sums(units, target, counted, norms.shape[0])
+        sums, count = (sums, count) if summed is None else summed(sums, count)
+    batch_size: Tensor | float = len(target)
+    if summed or counted is not None or target.is_floating_point():
+        batch_size = (count if by_sums or counted is None else counted).sum()
+    rate = ops.rate_for(center_lr, batch_size)
+    matrix: Tensor | None = None
+    if gram is not None:
+        push, matrix = ops.push_of_square(total, gram, len(centers), rate)
+        push, matrix = ops.by_dims(push, matrix, read, norms)
+    elif by_sums:
+        push = ops.push_of(total, len(centers), rate)
+    if by_sums:
         if source is not None:
             centers.copy_(source)
-        sums, count = ops.class_sums(units, target, counted, norms.shape[0])
-        batch_size = None
-        if summed:
-            sums, count = summed(sums, count)
-        elif counted is None and not target.is_floating_point():
-            batch_size = len(target)
         ops.move_by_sums_(
-            centers, norms, total, sums, count, rate=center_lr, start=start, batch_size=batch_size
-        )
+            centers, norms, push, sums, count,
+            rate=rate, start=start, batch_size=batch_size, matrix=matrix,
+        )  # fmt: skip
         return
-    ops.push_apart_(centers, norms, total, center_lr, source=source)
+    if gram is None:
+        ops.push_apart_(centers, norms, total, rate, source=source)
+    else:
+        ops.push_apart_by_(centers, norms, push, matrix, source)
     ops.pull_by_index_(
         centers,
         units,
@@ -436,8 +522,9 @@ def move_centers_(
         rows=reading.directions,
         cosines=cosines,
         norms=norms,
-        rate=center_lr,
+        rate=rate,
         start=start,
+        batch_size=batch_size,
     )
 
 

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from separate_loss._checks import (
     CENTER_UPDATES,
     REDUCTIONS,
+    SEPARATIONS,
     CenterInit,
     CenterUpdate,
     Reduction,
+    Separation,
+    check_bool,
     check_center_init,
+    check_center_lr,
     check_choice,
     check_int,
-    check_rate,
     check_set,
     check_weight,
 )
@@ -30,7 +33,7 @@ from separate_loss.distributed import (
     start_equal,
     sum_over,
 )
-from separate_loss.functional import Reading, move_centers_, read, read_fused, reduce
+from separate_loss.functional import Form, Reading, move_centers_, read, read_fused, reduce
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -68,7 +71,9 @@ class SeparateLoss(nn.Module):
             of each `forward`, in training mode with gradients on, as BatchNorm does with its
             statistics: nothing to hand to an optimizer. ``"gradient"`` makes them a parameter, for
             an optimizer to move. ``"none"`` leaves the buffer to the caller.
-        center_lr: alpha of Eq. 8, for ``center_update="paper"``; finite and not negative.
+        center_lr: alpha of Eq. 8, for ``center_update="paper"``; finite and not negative. None
+            takes a tenth of the samples that count in the step, over all processes, so that a
+            center follows its class as fast in batches of any size.
         center_init: where centers start. ``"features"``: at zero, and from there to the mean
             direction of the first features of their class; it needs the paper's update, whose
             default it is. ``"sphere"``: random directions of norm 1, the default otherwise.
@@ -76,6 +81,8 @@ class SeparateLoss(nn.Module):
             whose zero rows start as under ``"features"``.
         weight, ignore_index, reduction: as in `separate_loss.functional.separate_loss`.
             Class weights act on the loss, not on the paper's update.
+        scale_free, separation: as in `separate_loss.functional.separate_loss`. The paper's update
+            follows the separation.
         processes: whose samples move the centers, where torch.distributed is initialised.
             ``"all"``: those of all processes, or of a given ``ProcessGroup``. All then hold the
             same centers, from the first process's on, and each must make every training call
@@ -119,11 +126,13 @@ class SeparateLoss(nn.Module):
         feature_dim: int,
         *,
         center_update: CenterUpdate = "paper",
-        center_lr: float = 10.0,
+        center_lr: float | None = None,
         center_init: CenterInit | Tensor | None = None,
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: Reduction = "mean",
+        scale_free: bool = False,
+        separation: Separation = "mean",
         processes: "ProcessGroup | Processes" = "all",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -132,9 +141,11 @@ class SeparateLoss(nn.Module):
         check_int("num_classes", num_classes, least=2)
         check_int("feature_dim", feature_dim, least=1)
         check_choice("center_update", center_update, CENTER_UPDATES)
-        check_rate("center_lr", center_lr)
+        check_center_lr(center_lr)
         check_int("ignore_index", ignore_index)
         check_choice("reduction", reduction, REDUCTIONS)
+        check_bool("scale_free", scale_free)
+        check_choice("separation", separation, SEPARATIONS)
         check_processes(processes)
         if weight is not None:
             check_weight(weight, num_classes)
@@ -149,6 +160,8 @@ class SeparateLoss(nn.Module):
         self.center_init = center_init if isinstance(center_init, str) else "tensor"
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
+        self.scale_free = scale_free
+        self.separation: Separation = separation
         self.processes = processes
         self.last_terms: Terms | None = None
 
@@ -191,14 +204,15 @@ class SeparateLoss(nn.Module):
         learning = torch.is_grad_enabled() and self.centers.requires_grad
         group = group_of(self.processes) if moving or learning else None
         centers = self.centers if group is None else self._shared(group)
+        form = Form(self.scale_free, self.separation)
         if self.reduction == "mean" and not (moving and group is not None):
-            step = read_fused(features, target, centers, self.weight, self.ignore_index)
+            step = read_fused(features, target, centers, self.weight, self.ignore_index, form)
             if step is not None:
                 self.last_terms = Terms(step.intra, step.inter)
                 if moving:
                     step.move_(centers, self.center_lr, start=True)
                 return step.loss
-        reading = read(features, target, centers, self.weight, self.ignore_index)
+        reading = read(features, target, centers, self.weight, self.ignore_index, form)
         intra, inter, mass = reading.intra, reading.inter, reading.batch.mass
         mean = reduce(intra, mass, None, "mean")
         self.last_terms = Terms(mean.detach(), inter.detach())
@@ -269,6 +283,10 @@ class SeparateLoss(nn.Module):
         ]
         if self.center_update == "paper":
             parts.insert(3, f"center_lr={self.center_lr}")
+        if self.scale_free:
+            parts.append("scale_free=True")
+        if self.separation != "mean":
+            parts.append(f"separation={self.separation!r}")
         if self.ignore_index != -100:
             parts.append(f"ignore_index={self.ignore_index}")
         if self.weight is not None:

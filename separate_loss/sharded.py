@@ -14,12 +14,15 @@ from torch.distributed.tensor import DTensor, Shard
 from separate_loss import ops
 from separate_loss._checks import (
     REDUCTIONS,
+    SEPARATIONS,
     CenterInit,
     Reduction,
+    Separation,
+    check_bool,
     check_center_init,
+    check_center_lr,
     check_choice,
     check_int,
-    check_rate,
 )
 from separate_loss.distributed import check_computed_alike
 from separate_loss.functional import finite, intra_terms, read_batch, reduce
@@ -42,7 +45,8 @@ class ShardedSeparateLoss(nn.Module):
     Args:
         num_classes, feature_dim: as in `SeparateLoss`.
         center_lr, center_init: as there; a tensor is whole, (C, d), on every process.
-        ignore_index, reduction: as there.
+        ignore_index, reduction, scale_free, separation: as there. ``"square"`` sends d^2 numbers
+            more.
         mesh: the processes to spread over, in one dimension; None takes all.
         device, dtype: of the centers, as there; the mesh's device by default.
 
@@ -79,10 +83,12 @@ class ShardedSeparateLoss(nn.Module):
         num_classes: int,
         feature_dim: int,
         *,
-        center_lr: float = 10.0,
+        center_lr: float | None = None,
         center_init: CenterInit | Tensor = "features",
         ignore_index: int = -100,
         reduction: Reduction = "mean",
+        scale_free: bool = False,
+        separation: Separation = "mean",
         mesh: DeviceMesh | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -90,10 +96,12 @@ class ShardedSeparateLoss(nn.Module):
         super().__init__()
         check_int("num_classes", num_classes, least=2)
         check_int("feature_dim", feature_dim, least=1)
-        check_rate("center_lr", center_lr)
+        check_center_lr(center_lr)
         check_center_init(center_init, (num_classes, feature_dim), "paper")
         check_int("ignore_index", ignore_index)
         check_choice("reduction", reduction, REDUCTIONS)
+        check_bool("scale_free", scale_free)
+        check_choice("separation", separation, SEPARATIONS)
         if not dist.is_initialized():
             raise RuntimeError("call torch.distributed.init_process_group before sharding centers")
         if device is None:
@@ -110,6 +118,8 @@ class ShardedSeparateLoss(nn.Module):
         self.center_init = center_init if isinstance(center_init, str) else "tensor"
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
+        self.scale_free = scale_free
+        self.separation: Separation = separation
         self.last_terms: Terms | None = None
 
         # As `Shard` deals rows: equally many to all but the last processes.
@@ -141,8 +151,20 @@ class ShardedSeparateLoss(nn.Module):
             )
         with torch.no_grad():
             shard = self.centers.to_local()
-        batch = read_batch(features, target, shard, None, self.ignore_index, self.num_classes)
-        norms, total = ops.norms_and_total(batch.centers)
+        batch = read_batch(
+            features,
+            target,
+            shard,
+            None,
+            self.ignore_index,
+            self.num_classes,
+            scale_free=self.scale_free,
+        )
+        matrix = None
+        if self.separation == "square":
+            norms, total, matrix = ops.gram(batch.centers)
+        else:
+            norms, total = ops.norms_and_total(batch.centers)
 
         # Each class travels once, and in order, so that those of one shard stand together.
         classes, of_sample = batch.target.unique(return_inverse=True)
@@ -158,10 +180,16 @@ class ShardedSeparateLoss(nn.Module):
             kept, _, counted = finite(units, cosines, batch.counted)
             sums, count = ops.class_sums(kept, of_sample, counted, len(classes))
             numbers = torch.stack([(norms != torch.inf).sum(), count.sum()])
-            shared = torch.cat([total, numbers])
+            sent = [numbers, total] if matrix is None else [numbers, total, matrix.flatten()]
+            shared = torch.cat(sent)
             dist.all_reduce(shared, group=exchange.group)
-            total, nonzero, batch_size = shared[:-2], shared[-2], shared[-1]
-            inter = ops.inter_by_count(total, nonzero, self.num_classes)
+            (nonzero, batch_size), shared = shared[:2], shared[2:]
+            total, shared = shared[: self.feature_dim], shared[self.feature_dim :]
+            if matrix is None:
+                inter = ops.inter_by_count(total, nonzero, self.num_classes)
+            else:
+                matrix = shared.view_as(matrix)
+                inter = ops.square_of(total, matrix, nonzero, self.num_classes)
 
         intra = intra_terms(batch, cosines)
         mean = reduce(intra, batch.mass, None, "mean")
@@ -172,7 +200,12 @@ class ShardedSeparateLoss(nn.Module):
             sums, count = packed[:, :-1], packed[:, -1]
             # The shard itself, or a copy of it in the type that was computed in.
             centers = batch.centers
-            ops.push_apart_(centers, norms, total, self.center_lr, num_classes=self.num_classes)
+            rate = ops.rate_for(self.center_lr, batch_size)
+            if matrix is None:
+                ops.push_apart_(centers, norms, total, rate, num_classes=self.num_classes)
+            else:
+                push, matrix = ops.push_of_square(total, matrix, self.num_classes, rate)
+                ops.push_apart_by_(centers, norms, push, matrix)
             ops.pull_by_index_(
                 centers,
                 sums,
@@ -181,7 +214,7 @@ class ShardedSeparateLoss(nn.Module):
                 rows=rows,
                 cosines=(sums * rows).sum(-1),
                 norms=norms,
-                rate=self.center_lr,
+                rate=rate,
                 start=True,
                 batch_size=batch_size,
             )
@@ -207,6 +240,7 @@ class ShardedSeparateLoss(nn.Module):
         return (
             f"num_classes={self.num_classes}, feature_dim={self.feature_dim}, "
             f"center_lr={self.center_lr}, center_init={self.center_init!r}, "
+            f"scale_free={self.scale_free}, separation={self.separation!r}, "
             f"reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
             f"processes={self.centers.device_mesh.size()}"
         )

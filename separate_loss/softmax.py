@@ -13,6 +13,7 @@ from separate_loss._checks import (
     CenterUpdate,
     ClassDim,
     Reduction,
+    Separation,
     check_batch,
     check_choice,
     check_entered,
@@ -78,7 +79,7 @@ class SoftmaxSeparateLoss(nn.Module):
         label_smoothing: as in `torch.nn.functional.cross_entropy`, in both terms; in [0, 1].
         center_update, center_lr, center_init, dtype: as in `SeparateLoss`.
         weight, ignore_index, reduction: as in `SeparateLoss`, in both terms.
-        processes: as in `SeparateLoss`.
+        scale_free, separation, processes: as in `SeparateLoss`.
         device: of the centers; None takes the head's.
 
     Shape:
@@ -118,11 +119,13 @@ class SoftmaxSeparateLoss(nn.Module):
         class_dim: ClassDim | None = None,
         label_smoothing: float = 0.0,
         center_update: CenterUpdate = "paper",
-        center_lr: float = 10.0,
+        center_lr: float | None = None,
         center_init: CenterInit | Tensor | None = None,
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: Reduction = "mean",
+        scale_free: bool = False,
+        separation: Separation = "mean",
         processes: "ProcessGroup | Processes" = "all",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -152,6 +155,8 @@ class SoftmaxSeparateLoss(nn.Module):
             weight=weight,
             ignore_index=ignore_index,
             reduction=reduction,
+            scale_free=scale_free,
+            separation=separation,
             processes=processes,
             device=device,
             dtype=dtype,

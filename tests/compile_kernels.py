@@ -40,7 +40,8 @@ def launches() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         fused._features_gradient(loss, features, target, numbers, rows, samples, -100)
         others = numbers, samples, classes, total, -100
         fused._centers_gradient(loss, features, target, centers, *others)
-        fused._move_centers(centers, features, target, *others, 0.5, start=num_classes == 7)
+        rate = 0.5 if num_classes == 7 else None
+        fused._move_centers(centers, features, target, *others, rate, start=num_classes == 7)
     yield from recorded
 
 

@@ -127,10 +127,43 @@ def inter_direction(centers: Array) -> Array:
     return direction
 
 
-def update_centers(features: Array, shares: Array, centers: Array, center_lr: float) -> Array:
-    """Eq. 8."""
+def update_centers(
+    features: Array,
+    shares: Array,
+    centers: Array,
+    center_lr: float | None,
+    separation: str = "mean",
+) -> Array:
+    """Eq. 8; a tenth of the samples, of one at least, in place of alpha where none is given."""
     intra = intra_direction(features, shares, centers)
-    return centers - center_lr * (intra + inter_direction(centers))
+    apart = inter_direction(centers) if separation == "mean" else square_direction(centers)
+    rate = 0.1 * (shares.sum() or 1) if center_lr is None else center_lr
+    return centers - rate * (intra + apart)
+
+
+def square(centers: Array) -> float:
+    """The mean squared distance of each pair's cosine from the simplex, over the greatest."""
+    num_classes = len(centers)
+    a = 1 / (num_classes - 1)
+    total = 0.0
+    for k in range(num_classes):
+        for j in range(num_classes):
+            if j != k and centers[k].any() and centers[j].any():
+                total += (cosine(centers[k], centers[j]) + a) ** 2
+    return total / (num_classes * (num_classes - 1) * (1 + a) ** 2)
+
+
+def square_direction(centers: Array) -> Array:
+    """Half of the gradient of `square`."""
+    num_classes = len(centers)
+    a = 1 / (num_classes - 1)
+    direction = np.zeros_like(centers)
+    for j in range(num_classes):
+        for k in range(num_classes):
+            if k != j and centers[k].any() and centers[j].any():
+                push = 2 * (cosine(centers[j], centers[k]) + a) * derivative(centers[j], centers[k])
+                direction[j] += push / (num_classes * (num_classes - 1) * (1 + a) ** 2)
+    return direction
 
 
 def centers_gradient(features: Array, shares: Array, centers: Array) -> Array:

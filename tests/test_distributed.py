@@ -80,6 +80,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "centers from features": {},
     "probabilities": {"kind": "probabilities", "center_init": "normal"},
     "label smoothing": {"label_smoothing": 0.1},
+    "square": {"separation": "square", "scale_free": True, "center_lr": 3.0},
     "gradient": {"center_update": "gradient"},
     "gradient, wrapped as well": {"center_update": "gradient", "wrap": "both"},
     "fully sharded model": {"wrap": "fsdp"},

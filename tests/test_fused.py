@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,17 +60,24 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "CHOICE", "fused")
 
 
-def step(problem: Problem, choice: str = "fused", *, start: bool = False) -> Outcome:
+def step(
+    problem: Problem,
+    choice: str = "fused",
+    *,
+    start: bool = False,
+    center_lr: float | None = CENTER_LR,
+    scale_free: bool = False,
+) -> Outcome:
     """Loss, gradients, terms and new centers, by way of the public names."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "CHOICE", choice)
         features, centers = problem.requiring_grad()
         ignoring: Any = {"ignore_index": problem.ignore_index}
-        loss = separate_loss(features, problem.target, centers, **ignoring)
+        loss = separate_loss(features, problem.target, centers, scale_free=scale_free, **ignoring)
         assert takes_kernels(loss) == (choice == "fused")
         gradients = torch.autograd.grad(loss, (features, centers))
         criterion = SeparateLoss(
-            *problem.centers.shape, center_lr=CENTER_LR, dtype=problem.centers.dtype, **ignoring
+            *problem.centers.shape, center_lr=center_lr, dtype=problem.centers.dtype, **ignoring
         )
         with torch.no_grad():  # the first call refuses centers that are not finite
             criterion(features, problem.target)
@@ -82,7 +90,7 @@ def step(problem: Problem, choice: str = "fused", *, start: bool = False) -> Out
         moved = criterion.centers
         if not start:
             moved = update_centers(
-                features, problem.target, problem.centers, center_lr=CENTER_LR, **ignoring
+                features, problem.target, problem.centers, center_lr=center_lr, **ignoring
             ).detach()
         return Outcome(loss, intra, inter, gradients[0], gradients[1], moved)
 
@@ -91,9 +99,9 @@ def takes_kernels(loss: Tensor) -> bool:
     return "separate_loss_read" in str(loss.grad_fn)
 
 
-def assert_same(problem: Problem, dtype: torch.dtype, *, start: bool = False) -> Outcome:
+def assert_same(problem: Problem, dtype: torch.dtype, **options: Any) -> Outcome:
     """As the eager form within the rounding of `dtype`, and in the same types."""
-    ours, eager = step(problem, start=start), step(problem, "eager", start=start)
+    ours, eager = step(problem, **options), step(problem, "eager", **options)
     assert [one.dtype for one in ours] == [one.dtype for one in eager]
     found = ours.of_order_one(problem)
     for one, other in zip(found, eager.of_order_one(problem), strict=True):
@@ -128,6 +136,16 @@ def test_equals_the_eager_form_and_the_oracle(
     expected = Outcome(*(torch.as_tensor(np.asarray(value)) for value in values))
     for one, other in zip(found, expected.of_order_one(problem), strict=True):
         assert_equal(one, other.numpy(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_free_gradients_and_a_rate_that_fits_the_batch(dtype: torch.dtype) -> None:
+    problem = draw(9, 5, 4).to(dtype)
+    problem.target[2] = problem.ignore_index
+    for start in (False, True):
+        assert_same(problem, dtype, start=start, center_lr=None, scale_free=True)
+    none = problem.target * 0 + problem.ignore_index
+    assert_same(replace(problem, target=none), dtype, center_lr=None)
 
 
 def draw(num_samples: int, d: int, num_classes: int, dtype: torch.dtype = torch.float32) -> Problem:
@@ -211,7 +229,7 @@ def test_centers_beyond_what_32_bits_can_count(monkeypatch: pytest.MonkeyPatch) 
     left = samples, classes, total, numbers
     run_last(
         kernels.move, num_classes, numbers, *batch, *left, centers, *sizes, 1.0,
-        PAPER=True, START=True, **form,
+        PER_SAMPLE=False, PAPER=True, START=True, **form,
     )  # fmt: skip
     assert centers[-1, 1:].unique().tolist() == [1 / 128]
     assert not centers[0].any()

@@ -189,7 +189,7 @@ class TestStartingValues:
         torch.testing.assert_close(
             criterion.centers[1], nn.functional.normalize(features.detach()[0], dim=0)
         )
-        expected = F.update_centers(features, torch.tensor([1, 0]), started, center_lr=10.0)
+        expected = F.update_centers(features, torch.tensor([1, 0]), started, center_lr=None)
         torch.testing.assert_close(criterion.centers[[0, 2, 3, 4]], expected[[0, 2, 3, 4]])
 
     def test_rows_of_zeros_start_as_well(self) -> None:
@@ -298,16 +298,17 @@ class TestAsAModule:
 
     def test_repr(self) -> None:
         assert repr(SeparateLoss(7, 512)) == (
-            "SeparateLoss(num_classes=7, feature_dim=512, center_update='paper', center_lr=10.0, "
+            "SeparateLoss(num_classes=7, feature_dim=512, center_update='paper', center_lr=None, "
             "center_init='features', reduction='mean')"
         )
         criterion = SeparateLoss(
             7, 2, center_update="none", center_init=torch.rand(7, 2), ignore_index=3,
-            weight=torch.ones(7), reduction="sum",
+            weight=torch.ones(7), reduction="sum", scale_free=True, separation="square",
         )  # fmt: skip
         assert repr(criterion) == (
             "SeparateLoss(num_classes=7, feature_dim=2, center_update='none', "
-            "center_init='tensor', reduction='sum', ignore_index=3, weight=...)"
+            "center_init='tensor', reduction='sum', scale_free=True, separation='square', "
+            "ignore_index=3, weight=...)"
         )
 
     def test_the_graph_dies_with_the_loss(self) -> None:

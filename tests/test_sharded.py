@@ -28,7 +28,16 @@ SIZES = [2, 3]
 # 2 and 3 divide 6; 7 gives the last of 3 processes one center, and 4 none.
 CLASS_COUNTS = [4, 6, 7]
 INITS = ["features", "tensor"]
-WAYS = [(init, num_classes) for init in INITS for num_classes in CLASS_COUNTS]
+FORMS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "square": {"separation": "square", "scale_free": True, "center_lr": 2.0},
+}
+WAYS = [
+    (init, num_classes, form)
+    for form, inits in (("paper", INITS), ("square", ["tensor"]))
+    for init in inits
+    for num_classes in CLASS_COUNTS
+]
 
 Parts = list[tuple[Tensor, Tensor]]
 
@@ -63,10 +72,14 @@ Run = tuple[list[Tensor], list[Tensor], Tensor]
 """Losses and features' gradients of every step, and the centers at the end."""
 
 
-def follow(rank: int, size: int, init: str, num_classes: int) -> Run:
-    criterion = ShardedSeparateLoss(
-        num_classes, FEATURE_DIM, center_init=init_of(init, num_classes), dtype=torch.float64
-    )
+def options_of(init: str, num_classes: int, form: str) -> dict[str, Any]:
+    center_init = init_of(init, num_classes)
+    return {"center_init": center_init, "dtype": torch.float64, **FORMS[form]}
+
+
+def follow(rank: int, size: int, init: str, num_classes: int, form: str) -> Run:
+    options = options_of(init, num_classes, form)
+    criterion = ShardedSeparateLoss(num_classes, FEATURE_DIM, **options)
     losses, gradients = [], []
     for parts in steps(size, num_classes):
         features, target = parts[rank]
@@ -77,14 +90,15 @@ def follow(rank: int, size: int, init: str, num_classes: int) -> Run:
     return losses, gradients, criterion.centers.full_tensor()
 
 
-def follow_alone(size: int, init: str, num_classes: int) -> list[Run]:
-    criterion = SeparateLoss(
-        num_classes, FEATURE_DIM, center_init=init_of(init, num_classes), dtype=torch.float64
-    )
+def follow_alone(size: int, init: str, num_classes: int, form: str) -> list[Run]:
+    criterion = SeparateLoss(num_classes, FEATURE_DIM, **options_of(init, num_classes, form))
+    as_criterion: dict[str, Any] = {
+        "scale_free": criterion.scale_free, "separation": criterion.separation
+    }  # fmt: skip
     runs: list[Run] = [([], [], criterion.centers) for _ in range(size)]
     for parts in steps(size, num_classes):
         for (features, target), (losses, gradients, _) in zip(parts, runs, strict=True):
-            loss = separate_loss(features, target, criterion.centers.clone())
+            loss = separate_loss(features, target, criterion.centers.clone(), **as_criterion)
             (gradient,) = torch.autograd.grad(loss, features)
             losses.append(loss.detach())
             gradients.append(gradient)
@@ -233,7 +247,7 @@ def results() -> Iterator[dict[int, list[dict[str, Any]]]]:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("way", WAYS)
-def test_many_processes_follow_one(results: Any, size: int, way: tuple[str, int]) -> None:
+def test_many_processes_follow_one(results: Any, size: int, way: tuple[str, int, str]) -> None:
     expected = follow_alone(size, *way)
     for part, whole in zip(results[size], expected, strict=True):
         torch.testing.assert_close(

@@ -15,14 +15,27 @@ from separate_loss.ops.eager import (
     norms_and_total,
     pull_by_index_,
     push_apart_,
+    push_of,
+    rate_for,
+    scale_free,
     unit,
     within,
 )
+from separate_loss.ops.square import (
+    by_dims,
+    gram,
+    push_apart_by_,
+    push_of_square,
+    square,
+    square_of,
+)
 
 __all__ = [
+    "by_dims",
     "class_sums",
     "compare",
     "fewer_classes",
+    "gram",
     "inter",
     "inter_by_count",
     "kernels_for",
@@ -32,6 +45,13 @@ __all__ = [
     "norms_and_total",
     "pull_by_index_",
     "push_apart_",
+    "push_apart_by_",
+    "push_of",
+    "push_of_square",
+    "rate_for",
+    "scale_free",
+    "square",
+    "square_of",
     "unit",
     "within",
 ]

@@ -17,6 +17,8 @@ from separate_loss._torch import in_autocast, in_forward_mode, in_transform
 # A block of centers stays in the processor's cache from one pass over it to the next.
 BLOCK_ELEMENTS = 2**20
 PARTS = 16
+# Of the samples that count in a step: alpha where none is given.
+RATE_PER_SAMPLE = 0.1
 # So few, that the directions of all centers cost less than those of each sample's.
 FEW_ELEMENTS = 2**16
 
@@ -160,6 +162,49 @@ def unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
     function: Any = _Unit if torch.compiler.is_compiling() else _UnitWithForwardMode
     units, norms = function.apply(vectors)
     return units, norms
+
+
+class _ScaleFree(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(vectors: Tensor, norms: Tensor) -> Tensor:  # noqa: ARG004 - for the derivative
+        return vectors.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], _: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.saved_tensors[0], None
+
+
+class _ScaleFreeWithForwardMode(_ScaleFree):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        scaled: Tensor = tangent * ctx.saved_tensors[0]
+        return scaled
+
+
+def scale_free(vectors: Tensor) -> Tensor:
+    """Vectors (*, d) as they are, whose derivatives are multiplied by their norms.
+
+    That is x + ||x|| (v - x) as a function of v, at v = x, with x and ||x|| held constant.
+    """
+    plain = not torch.compiler.is_compiling() and not in_transform()
+    if plain and not (torch.is_grad_enabled() and vectors.requires_grad):
+        return vectors
+    norms = _norms(vectors.detach()).unsqueeze(-1)
+    norms = norms.masked_fill(norms == torch.inf, 0)
+    if not plain:
+        function: Any = _ScaleFree if torch.compiler.is_compiling() else _ScaleFreeWithForwardMode
+        same: Tensor = function.apply(vectors, norms)
+        return same
+    same = vectors.view_as(vectors)
+    same.register_hook(lambda grad: grad * norms)
+    return same
 
 
 class _Compare(torch.autograd.Function):
@@ -331,11 +376,16 @@ def _plus(grad: Tensor | None, more: Tensor) -> Tensor:
     return more if grad is None else grad + more
 
 
+def rate_for(center_lr: float | None, batch_size: Tensor | float) -> Tensor | float:
+    """Alpha of Eq. 8: as given, or a tenth of the samples that count in the step."""
+    return RATE_PER_SAMPLE * _nonzero(batch_size) if center_lr is None else center_lr
+
+
 def push_apart_(
     centers: Tensor,
     norms: Tensor,
     total: Tensor,
-    rate: float,
+    rate: Tensor | float,
     *,
     num_classes: int | None = None,
     source: Tensor | None = None,
@@ -347,12 +397,13 @@ def push_apart_(
     itself, and lets one vector serve all centers.
     """
     # Last, as a large rate beside large norms would overflow on the way.
-    rate /= _pairs(len(centers) if num_classes is None else num_classes)
+    rate = rate / _pairs(len(centers) if num_classes is None else num_classes)
+    push = total * -rate
     for block, norm, read in _blocks(centers, norms, centers if source is None else source):
         if source is not None:
             block.copy_(read)
         scale = (_along(total, block, norm) * rate / norm + 1).unsqueeze(-1)
-        block.mul_(scale).addcmul_(total, norm.reciprocal().unsqueeze(-1), value=-rate)
+        block.mul_(scale).addcmul_(push, norm.reciprocal().unsqueeze(-1))
 
 
 def pull_by_index_(
@@ -364,9 +415,9 @@ def pull_by_index_(
     rows: Tensor,
     cosines: Tensor,
     norms: Tensor,
-    rate: float,
+    rate: Tensor | float,
     start: bool,
-    batch_size: Tensor | None = None,
+    batch_size: Tensor | float,
 ) -> None:
     """Takes rate times D_intra of Eq. 6 from the centers.
 
@@ -382,13 +433,12 @@ def pull_by_index_(
         norms: the centers' norms (C,), before any step.
         rate: alpha.
         start: whether a zero center takes on the mean direction of its class's samples.
-        batch_size: how many samples count, where these are a part of them.
+        batch_size: how many samples count, of which these may be a part.
     """
     samples = counted if counted is not None else torch.ones_like(cosines)
     count = torch.zeros_like(norms).index_add(0, index, samples).index_select(0, index)
     norms = norms.index_select(0, index)
-    batch_size = samples.sum() if batch_size is None else batch_size
-    weight = rate / (_intra_divisor(batch_size, count) * norms)
+    weight = _intra_weight(rate, batch_size, count) / norms
     starting = norms.isinf() if start and _may_hold_zero(norms) else None
     if starting is not None:
         # A zero center has a zero row: the sum of its samples' directions is all that it gets.
@@ -424,34 +474,42 @@ def class_sums(
 def move_by_sums_(
     centers: Tensor,
     norms: Tensor,
-    total: Tensor,
+    push: Tensor,
     sums: Tensor,
     count: Tensor,
     *,
-    rate: float,
+    rate: Tensor | float,
     start: bool,
-    batch_size: Tensor | float | None = None,
+    batch_size: Tensor | float,
+    matrix: Tensor | None = None,
 ) -> None:
-    """Eq. 8 from the sums of `class_sums`, with `push_apart_` in the same pass.
+    """Eq. 8 from the sums of `class_sums`, with the push apart in the same pass.
 
-    Under probabilities a zero center takes on a direction once its class has half a sample.
+    `push` (d,) for all centers or (C, d), and `matrix` (d, d), which takes a center's direction to
+    what is added to its push, are as `push_of` has them. Under probabilities a zero center takes on
+    a direction once its class has half a sample.
     """
-    push = total * (-rate / _pairs(len(centers)))
-    batch_size = count.sum() if batch_size is None else batch_size
-    divisor = _intra_divisor(batch_size, count).unsqueeze(-1)
+    weight = _intra_weight(rate, batch_size, count).unsqueeze(-1)
     start = start and _may_hold_zero(norms)
-    per_class = centers, norms.unsqueeze(-1), sums, divisor, count
-    for block, norm, sums_, divisor_, count_ in _blocks(*per_class):
-        step = torch.addcdiv(push, sums_, divisor_, value=rate)
-        block.addcdiv_(_across(step, block / norm), norm)
+    per_class = centers, norms.unsqueeze(-1), push.expand_as(centers), sums, weight, count
+    for block, norm, push_, sums_, weight_, count_ in _blocks(*per_class):
+        units = block / norm
+        step = push_ if matrix is None else push_ + matmul(units, matrix)
+        step = torch.addcmul(step, sums_, weight_)
+        block.addcdiv_(_across(step, units), norm)
         if start:
             starting = norm.isinf() & (count_ >= 0.5).unsqueeze(-1)
             block.add_(unit(sums_)[0].where(starting, 0))
 
 
-def _intra_divisor(batch_size: Tensor | float, count: Tensor) -> Tensor:
-    """The divisor before the sum in Eq. 6, for classes with `count` samples."""
-    return (1 + count) * (2 * _nonzero(batch_size))
+def push_of(total: Tensor, num_classes: int, rate: Tensor | float) -> Tensor:
+    """Minus rate times D_inter of Eq. 7, times the norms, before it is projected, (d,)."""
+    return total * (-rate / _pairs(num_classes))
+
+
+def _intra_weight(rate: Tensor | float, batch_size: Tensor | float, count: Tensor) -> Tensor:
+    """Alpha over the divisor before the sum in Eq. 6, for classes with `count` samples."""
+    return (1 + count).reciprocal() * (rate / (2 * _nonzero(batch_size)))
 
 
 def _pairs(num_classes: int) -> int:

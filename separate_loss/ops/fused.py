@@ -115,7 +115,7 @@ def _features_gradient(
 def _move(
     grad: Tensor, features: Tensor, target: Tensor, centers: Tensor, numbers: Tensor,
     samples: Tensor, classes: Tensor, total: Tensor, out: Tensor, ignore_index: int,
-    rate: float = 0.0, *, paper: bool = False, start: bool = False,
+    rate: float | None = 0.0, *, paper: bool = False, start: bool = False,
 ) -> None:  # fmt: skip
     features, target = features.contiguous(), target.contiguous()
     num_classes, d = centers.shape
@@ -123,7 +123,9 @@ def _move(
     _launch(
         kernels.move, triton.cdiv(num_classes, several["ROWS"]),
         grad, features, target, centers, samples, classes, total, numbers, out,
-        features.shape[0], num_classes, d, ignore_index, rate, PAPER=paper, START=start, **several,
+        features.shape[0], num_classes, d, ignore_index,
+        eager.RATE_PER_SAMPLE if rate is None else rate,
+        PER_SAMPLE=rate is None, PAPER=paper, START=start, **several,
     )  # fmt: skip
 
 
@@ -139,7 +141,7 @@ def _centers_gradient(
 
 def _move_centers(
     centers: Tensor, features: Tensor, target: Tensor, numbers: Tensor, samples: Tensor,
-    classes: Tensor, total: Tensor, ignore_index: int, rate: float, start: bool,
+    classes: Tensor, total: Tensor, ignore_index: int, rate: float | None, start: bool,
 ) -> None:  # fmt: skip
     moved = centers.contiguous()  # The centers themselves, but for unusual strides.
     _move(
@@ -231,7 +233,7 @@ class Step(NamedTuple):
     inter: Tensor
     others: tuple[Any, ...]
 
-    def move_(self, centers: Tensor, rate: float, *, start: bool) -> None:
+    def move_(self, centers: Tensor, rate: float | None, *, start: bool) -> None:
         """Eq. 8 on the centers that were read, or a copy of them, in place."""
         move_op(centers, *self.others, rate, start)
 

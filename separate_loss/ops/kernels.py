@@ -185,6 +185,7 @@ def move(
     d,
     ignore_index,
     rate: tl.float64,
+    PER_SAMPLE: tl.constexpr,
     PAPER: tl.constexpr,
     START: tl.constexpr,
     TINY: tl.constexpr,
@@ -221,6 +222,8 @@ def move(
     c = num_classes.to(ACC)
     if PAPER:
         alpha = (tl.full((), 1, ACC) * rate).to(ACC)
+        if PER_SAMPLE:
+            alpha /= tl.load(numbers + 3)
         push = -alpha / (2 * c * (c - 1))
         pull = 0.5 * alpha * tl.load(numbers + 3) / (1 + count)
     else:
