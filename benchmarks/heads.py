@@ -6,6 +6,7 @@ the classifier. Needs the extra `recipes`.
 """
 
 import argparse
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -104,7 +105,7 @@ def _result(model: Any, head: Any, images: Tensor) -> tuple[str, Tensor | None]:
         criterion = SoftmaxSeparateLoss(head)
         criterion(model(images), torch.arange(2)).backward()
     except (TypeError, ValueError, RuntimeError) as error:
-        return f"refused: {str(error).splitlines()[0]}", truth if isinstance(
+        return f"refused: {re.split('[;,]', str(error))[0]}", truth if isinstance(
             truth, Tensor
         ) else None
     given = SoftmaxSeparateLoss(head, center_update="none", center_init="sphere")

@@ -5,7 +5,7 @@ the device has it. A class without samples has no center: its row and its figure
 means leave it out.
 """
 
-from typing import Literal, Self, get_args
+from typing import Literal, Self, get_args, overload
 
 import torch
 from torch import Tensor
@@ -13,10 +13,13 @@ from torch import Tensor
 from separate_loss import ops
 from separate_loss._checks import (
     check_batch,
+    check_beside_centers,
+    check_bool,
     check_centers,
     check_choice,
     check_device,
     check_int,
+    check_vectors,
     split_ignored,
 )
 
@@ -26,6 +29,7 @@ __all__ = [
     "class_centers",
     "inter_class_similarity",
     "intra_class_similarity",
+    "nearest_center",
 ]
 
 Reduction = Literal["none", "mean"]
@@ -229,6 +233,65 @@ def center_agreement(
     check_choice("reduction", reduction, REDUCTIONS)
     (units, _), (true_units, _) = ops.unit(_wide(centers)), ops.unit(_wide(true_centers))
     return _reduce((units * true_units).sum(-1), reduction)
+
+
+@overload
+def nearest_center(
+    features: Tensor, centers: Tensor, *, return_cosines: Literal[False] = False
+) -> Tensor: ...
+
+
+@overload
+def nearest_center(
+    features: Tensor, centers: Tensor, *, return_cosines: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+
+
+@torch.no_grad()
+def nearest_center(
+    features: Tensor, centers: Tensor, *, return_cosines: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The class whose center has the largest cosine with a sample: a prediction without a head.
+
+    Where it tells the classes and the head does not, the directions of the features are good and
+    the head cannot use them.
+
+    Args:
+        features: floating point, `(*, d)`.
+        centers: learned or true centers, (C, d). A zero center, or one of NaN as a class without
+            samples has, is nearest to nothing.
+        return_cosines: whether to return the largest cosines as well.
+
+    Returns:
+        Class indices `(*)`, int64, and with `return_cosines` their cosines `(*)`, NaN for features
+        that are not finite. Of equal cosines the first class counts.
+
+    Raises:
+        TypeError, ValueError: types, shapes or devices do not fit.
+
+    Examples:
+        >>> centers = torch.tensor([[2.0, 0.0], [0.0, 0.1]])
+        >>> nearest_center(torch.tensor([[1.0, 0.5], [1.0, 5.0]]), centers)
+        tensor([0, 1])
+
+    """
+    check_vectors("features", features)
+    check_centers("centers", centers)
+    check_beside_centers(features, centers)
+    check_bool("return_cosines", return_cosines)
+    units, norms = ops.unit(_wide(centers))
+    missing = ~norms.isfinite()
+    indices, cosines = [], []
+    # At a time so many samples that their cosines with all centers stay small.
+    for part in _wide(features.reshape(-1, centers.shape[1])).split(max(1, 2**22 // len(centers))):
+        found = (ops.unit(part)[0] @ units.mT).masked_fill(missing, -torch.inf)
+        largest, index = found.max(-1)
+        indices.append(index)
+        cosines.append(largest.clamp(-1, 1))
+    index = torch.cat(indices).reshape(features.shape[:-1])
+    if not return_cosines:
+        return index
+    return index, torch.cat(cosines).reshape(features.shape[:-1])
 
 
 def _statistics(

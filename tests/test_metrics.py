@@ -1,10 +1,11 @@
 """The figures of Table 1 against the oracle, whole and in batches."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 
-from separate_loss import metrics
+from separate_loss import functional, metrics
 from tests import reference
 from tests.properties import Problem, assert_equal, holds_for, problems
 
@@ -120,3 +121,41 @@ def test_one_class_alone_is_not_apart_from_any() -> None:
     centers = metrics.class_centers(torch.rand(3, 4), torch.zeros(3, dtype=torch.long), 2)
     assert metrics.inter_class_similarity(centers).isnan()
     assert metrics.inter_class_similarity(centers, reduction="none").isnan().all()
+
+
+@holds_for(problem=problems(reach=3), seed=st.integers(0, 2**32 - 1))
+def test_the_nearest_center_is_that_of_the_largest_cosine(problem: Problem, seed: int) -> None:
+    features, centers = problem.features, problem.centers
+    centers[seed % len(centers)] = 0
+    centers[(seed + 1) % len(centers)] = torch.randn(centers.shape[1])
+    index, cosines = metrics.nearest_center(features, centers, return_cosines=True)
+    assert torch.equal(index, metrics.nearest_center(features, centers))
+    for x, chosen, found in zip(features.numpy(), index.tolist(), cosines.tolist(), strict=True):
+        candidates = [reference.cosine(x, c) for c in centers.numpy() if c.any()]
+        assert centers[chosen].any()
+        assert found == pytest.approx(max(candidates), abs=1e-12)
+        assert reference.cosine(x, centers[chosen].numpy()) == pytest.approx(found, abs=1e-12)
+
+
+def test_nearest_center_keeps_dimensions_and_leaves_missing_centers_out() -> None:
+    centers = torch.tensor([[torch.nan, torch.nan], [0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    features = torch.tensor([[[3.0, 1.0], [-1.0, -2.0]], [[0.0, 2.0], [0.0, 0.0]]])
+    expected = torch.tensor([[2, 2], [3, 2]])
+    assert torch.equal(metrics.nearest_center(features, centers), expected)
+    assert torch.equal(metrics.nearest_center(features.half(), centers), expected)
+    assert metrics.nearest_center(features[:0], centers).shape == (0, 2)
+
+
+def test_nearest_center_works_in_parts() -> None:
+    centers, features = torch.randn(2**12, 3), torch.randn(3000, 3)
+    index = metrics.nearest_center(features, centers)
+    cosines = functional.similarity(features[:50, None], centers)
+    assert torch.equal(index[:50], cosines.argmax(-1))
+    assert torch.equal(index[-5:], metrics.nearest_center(features[-5:], centers))
+
+
+def test_nearest_center_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="features must have 3 values in the last dimension"):
+        metrics.nearest_center(torch.randn(4, 2), torch.randn(5, 3))
+    with pytest.raises(TypeError, match="features must be floating point"):
+        metrics.nearest_center(torch.zeros(4, 3, dtype=torch.int64), torch.randn(5, 3))

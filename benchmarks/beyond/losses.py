@@ -43,21 +43,12 @@ def samples_and_centers(
 
 
 def square_centers(_: Tensor, __: Tensor, directions: Tensor, ___: Tensor) -> Tensor:
-    """The mean square of how far cosines of centers are from the simplex's, over the largest.
-
-    In O(C d min(C, d)).
-    """
-    count, dim = directions.shape
-    simplex = 1 / (count - 1)
-    gram = directions @ directions.T if count < dim else directions.T @ directions
-    squares = gram.square().sum() - count
-    cosines = directions.sum(0).square().sum() - count
-    mean = (squares + 2 * simplex * cosines) / (count * (count - 1)) + simplex**2
-    return mean / (1 + simplex) ** 2
+    """The squared separation of the package."""
+    return functional.inter_class_loss(directions, separation="square")
 
 
 def square_samples(units: Tensor, target: Tensor, directions: Tensor, shares: Tensor) -> Tensor:
-    """The same, of samples to the other classes' centers, in O((N + C) d^2)."""
+    """Squared as well, of samples to the other classes' centers, in O((N + C) d^2)."""
     count = len(directions)
     simplex = 1 / (count - 1)
     squares = (units @ (directions.T @ directions) * units).sum(-1)
