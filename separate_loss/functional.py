@@ -275,8 +275,9 @@ def update_centers(
         features: as in `separate_loss`.
         target: as in `separate_loss`.
         centers: as in `separate_loss`; left as it is.
-        center_lr: alpha, finite and not negative. None takes m / 10: by Eq. 6 a center then turns
-            as far for each sample of its class whatever the size of the batch.
+        center_lr: alpha, finite and not negative. None takes m / 10, so that by Eq. 6 a center
+            turns as far for a sample of its class whatever the size of the batch; and 4 (C - 1) at
+            most, as with unit centers a larger one lets Eq. 7 throw their sum past zero.
         ignore_index: as in `separate_loss`.
         separation: as in `inter_class_loss`.
 
@@ -495,7 +496,7 @@ def move_centers_(
     batch_size: Tensor | float = len(target)
     if summed or counted is not None or target.is_floating_point():
         batch_size = (count if by_sums or counted is None else counted).sum()
-    rate = ops.rate_for(center_lr, batch_size)
+    rate = ops.rate_for(center_lr, batch_size, len(centers))
     matrix: Tensor | None = None
     if gram is not None:
         push, matrix = ops.push_of_square(total, gram, len(centers), rate)

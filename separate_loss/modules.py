@@ -72,8 +72,8 @@ class SeparateLoss(nn.Module):
             statistics: nothing to hand to an optimizer. ``"gradient"`` makes them a parameter, for
             an optimizer to move. ``"none"`` leaves the buffer to the caller.
         center_lr: alpha of Eq. 8, for ``center_update="paper"``; finite and not negative. None
-            takes a tenth of the samples that count in the step, over all processes, so that a
-            center follows its class as fast in batches of any size.
+            takes a tenth of the samples that count in the step, over all processes, and at most
+            4 (C - 1), so that a center follows its class as fast in batches of any size.
         center_init: where centers start. ``"features"``: at zero, and from there to the mean
             direction of the first features of their class; it needs the paper's update, whose
             default it is. ``"sphere"``: random directions of norm 1, the default otherwise.

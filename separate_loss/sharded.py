@@ -200,7 +200,7 @@ class ShardedSeparateLoss(nn.Module):
             sums, count = packed[:, :-1], packed[:, -1]
             # The shard itself, or a copy of it in the type that was computed in.
             centers = batch.centers
-            rate = ops.rate_for(self.center_lr, batch_size)
+            rate = ops.rate_for(self.center_lr, batch_size, self.num_classes)
             if matrix is None:
                 ops.push_apart_(centers, norms, total, rate, num_classes=self.num_classes)
             else:

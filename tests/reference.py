@@ -134,11 +134,16 @@ def update_centers(
     center_lr: float | None,
     separation: str = "mean",
 ) -> Array:
-    """Eq. 8; a tenth of the samples, of one at least, in place of alpha where none is given."""
+    """Eq. 8 with alpha as given or as `rate` has it."""
     intra = intra_direction(features, shares, centers)
     apart = inter_direction(centers) if separation == "mean" else square_direction(centers)
-    rate = 0.1 * (shares.sum() or 1) if center_lr is None else center_lr
-    return centers - rate * (intra + apart)
+    alpha = rate(shares, len(centers)) if center_lr is None else center_lr
+    return centers - alpha * (intra + apart)
+
+
+def rate(shares: Array, num_classes: int) -> float:
+    """A tenth of the samples, of one at least, up to twice the sum that Eq. 7 takes to zero."""
+    return float(min(0.1 * (shares.sum() or 1), 4 * (num_classes - 1)))
 
 
 def square(centers: Array) -> float:

@@ -99,3 +99,22 @@ def test_labels_out_of_range_are_said_clearly() -> None:
     target[1] = NUM_CLASSES
     with pytest.raises(RuntimeError, match=r"target must hold class indices|index out of bounds"):
         fast(features, target, torch.randn(NUM_CLASSES, FEATURE_DIM))
+
+
+@pytest.mark.parametrize("shape", [(7, 64), (40, 8), (2, 3)])
+@pytest.mark.parametrize("separation", ["mean", "square"])
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("center_init", ["features", "sphere"])
+def test_centers_move_in_place_by_class_probabilities(
+    shape: tuple[int, int], separation: Any, dynamic: bool | None, center_init: Any
+) -> None:
+    """The compiler's C++ code generator fell over several of these: KeyError 'buf21'."""
+    torch._dynamo.reset()
+    plain = SeparateLoss(*shape, separation=separation, center_init=center_init)
+    twin = copy.deepcopy(plain)
+    fast = torch.compile(twin, dynamic=dynamic)
+    features = torch.randn(8, shape[1], requires_grad=True)
+    target = torch.rand(8, shape[0]).softmax(-1)
+    for call in (plain, fast):
+        call(features, target).backward()
+    torch.testing.assert_close(twin.centers, plain.centers)

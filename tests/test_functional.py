@@ -123,9 +123,9 @@ def test_gradient_of_centers_is_that_of_eq_4(
 
 
 @pytest.mark.parametrize(("dtype", "reach"), DTYPES)
-@holds_for(data=st.data(), center_lr=st.sampled_from([0.0, 0.01, 1.0, 10.0]))
+@holds_for(data=st.data(), center_lr=st.sampled_from([0.0, 0.01, 1.0, 10.0, None]))
 def test_update_centers_is_eq_6_to_8(
-    data: st.DataObject, center_lr: float, dtype: torch.dtype, reach: int
+    data: st.DataObject, center_lr: float | None, dtype: torch.dtype, reach: int
 ) -> None:
     problem = drawn(data, dtype, reach, weighted=False)
     before = problem.centers.clone()
@@ -142,7 +142,8 @@ def test_update_centers_is_eq_6_to_8(
     expected = reference.update_centers(features, shares, centers, center_lr)
     # A step is of the size center_lr / norm; relative to it and to the center itself.
     size = np.linalg.norm(centers, axis=1)
-    step = np.divide(center_lr, size, out=np.zeros_like(size), where=size > 0)
+    alpha = reference.rate(shares, len(centers)) if center_lr is None else center_lr
+    step = np.divide(alpha, size, out=np.zeros_like(size), where=size > 0)
     scale = np.where(size > 0, np.maximum(size, step), 1.0)[:, None]
     actual = result.double() / torch.from_numpy(scale)
     # Infinity where a type cannot hold the step of a tiny center.

@@ -409,3 +409,22 @@ class TestStarts:
         criterion.load_state_dict({"centers": centers})
         with pytest.raises(ValueError, match="centers must hold finite values"):
             criterion(features, target)
+
+
+@pytest.mark.parametrize("separation", ["mean", "square"])
+@pytest.mark.parametrize("num_classes", [2, 7, 300])
+@pytest.mark.parametrize("size", [3, 40, 1000])
+def test_the_default_rate_fits_the_batch(separation: Any, num_classes: int, size: int) -> None:
+    """A tenth of the samples that count, and 4 (C - 1) at most."""
+    features = torch.randn(size, FEATURE_DIM)
+    target = torch.arange(size) % num_classes
+    target[::3] = -100
+    counted = size - len(target[::3])
+    start = torch.randn(num_classes, FEATURE_DIM)
+    options: dict[str, Any] = {"center_init": start, "separation": separation}
+    default = SeparateLoss(num_classes, FEATURE_DIM, **options)
+    rate = min(counted / 10, 4.0 * (num_classes - 1))
+    same = SeparateLoss(num_classes, FEATURE_DIM, center_lr=rate, **options)
+    for criterion in (default, same):
+        criterion(features, target)
+    torch.testing.assert_close(default.centers, same.centers)

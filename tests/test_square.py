@@ -53,7 +53,7 @@ def test_value_gradient_and_update_are_those_of_the_oracle(
             problem.features, problem.target, problem.centers,
             center_lr=center_lr, ignore_index=problem.ignore_index, separation="square",
         )  # fmt: skip
-        rate = 0.1 * (shares.sum() or 1) if center_lr is None else center_lr
+        rate = reference.rate(shares, len(c)) if center_lr is None else center_lr
         by_oracle = reference.update_centers(x, shares, c, center_lr, "square")
         if not shares.any():
             by_oracle = c - rate * reference.square_direction(c)

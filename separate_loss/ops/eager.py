@@ -376,9 +376,18 @@ def _plus(grad: Tensor | None, more: Tensor) -> Tensor:
     return more if grad is None else grad + more
 
 
-def rate_for(center_lr: float | None, batch_size: Tensor | float) -> Tensor | float:
-    """Alpha of Eq. 8: as given, or a tenth of the samples that count in the step."""
-    return RATE_PER_SAMPLE * _nonzero(batch_size) if center_lr is None else center_lr
+def rate_for(
+    center_lr: float | None, batch_size: Tensor | float, num_classes: int
+) -> Tensor | float:
+    """Alpha of Eq. 8: as given, or a tenth of the samples that count in the step, within bounds.
+
+    With unit centers Eq. 7 takes alpha / (2 (C - 1)) off the sum of their directions. Beyond twice
+    the sum they would end farther on the other side, and grow.
+    """
+    if center_lr is not None:
+        return center_lr
+    rate, most = RATE_PER_SAMPLE * _nonzero(batch_size), 4.0 * (num_classes - 1)
+    return rate.clamp(max=most) if isinstance(rate, Tensor) else min(rate, most)
 
 
 def push_apart_(
@@ -496,7 +505,11 @@ def move_by_sums_(
         units = block / norm
         step = push_ if matrix is None else push_ + matmul(units, matrix)
         step = torch.addcmul(step, sums_, weight_)
-        block.addcdiv_(_across(step, units), norm)
+        if torch.compiler.is_compiling():
+            # Torch's C++ code generator fails on the other form, with KeyError: 'buf...'.
+            block.add_(_across(step / norm, units))
+        else:
+            block.addcdiv_(_across(step, units), norm)
         if start:
             starting = norm.isinf() & (count_ >= 0.5).unsqueeze(-1)
             block.add_(unit(sums_)[0].where(starting, 0))

@@ -223,7 +223,7 @@ def move(
     if PAPER:
         alpha = (tl.full((), 1, ACC) * rate).to(ACC)
         if PER_SAMPLE:
-            alpha /= tl.load(numbers + 3)
+            alpha = tl.minimum(alpha / tl.load(numbers + 3), 4 * (c - 1))
         push = -alpha / (2 * c * (c - 1))
         pull = 0.5 * alpha * tl.load(numbers + 3) / (1 + count)
     else:
