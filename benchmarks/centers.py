@@ -40,7 +40,7 @@ class Trial:
 
     kind: FeatureKind
     center_init: Init | None
-    center_lr: float = 0.0
+    center_lr: float | None = 0.0
     batch_size: int = 32
     feature_scale: float = 1.0
 
@@ -73,12 +73,13 @@ class Trial:
 
 KINDS: tuple[FeatureKind, ...] = ("signed", "non-negative")
 INITS: tuple[Init, ...] = ("features", "sphere", "normal", "uniform")
-SOFTMAX_AND_DEFAULT: tuple[tuple[Init | None, float], ...] = ((None, 0), ("features", 10))
-SOFTMAX_AND_RATES: tuple[tuple[Init | None, float], ...] = (
-    SOFTMAX_AND_DEFAULT[0],
+SOFTMAX_AND_TEN: tuple[tuple[Init | None, float], ...] = ((None, 0), ("features", 10))
+SOFTMAX_AND_RATES: tuple[tuple[Init | None, float | None], ...] = (
+    SOFTMAX_AND_TEN[0],
     ("features", 1),
     ("features", 10),
     ("features", 100),
+    ("features", None),
 )
 
 
@@ -100,16 +101,17 @@ def trials() -> dict[str, list[Trial]]:
         tables[f"Norm of the features, {kind} features"] = [
             Trial(kind, init, rate, feature_scale=scale)
             for scale in (0.01, 0.1, 10.0, 100.0)
-            for init, rate in SOFTMAX_AND_DEFAULT
+            for init, rate in SOFTMAX_AND_TEN
         ]
     return tables
 
 
 def row(trial: Trial, runs: Sequence[Figures]) -> str:
     """A line of a Markdown table."""
+    rate = "None" if trial.center_lr is None else f"{trial.center_lr:g}"
     cells: list[str] = [
         trial.center_init or "softmax alone",
-        f"{trial.center_lr:g}" if trial.center_init else "-",
+        rate if trial.center_init else "-",
         str(trial.batch_size),
         f"{trial.feature_scale:g}",
     ]
