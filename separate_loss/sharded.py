@@ -23,6 +23,7 @@ from separate_loss._checks import (
     check_center_lr,
     check_choice,
     check_int,
+    check_set,
 )
 from separate_loss.distributed import check_computed_alike
 from separate_loss.functional import finite, intra_terms, read_batch, reduce
@@ -126,13 +127,8 @@ class ShardedSeparateLoss(nn.Module):
         self._rows_each = -(-num_classes // mesh.size())
         self._first_row = min(mesh.get_local_rank() * self._rows_each, num_classes)
         own = slice(self._first_row, min(self._first_row + self._rows_each, num_classes))
+        self._start = center_init if isinstance(center_init, str) else center_init[own]
         shard = torch.empty(own.stop - own.start, feature_dim, device=device, dtype=dtype)
-        generator = None
-        if self.center_init not in ("features", "tensor"):
-            # Processes with equal seeds must not draw equal rows.
-            seed = int(torch.randint(2**62, ())) + mesh.get_local_rank()
-            generator = torch.Generator(device).manual_seed(seed)
-        fill(shard, center_init if isinstance(center_init, str) else center_init[own], generator)
         centers = DTensor.from_local(
             shard,
             mesh,
@@ -141,6 +137,18 @@ class ShardedSeparateLoss(nn.Module):
             stride=(feature_dim, 1),
         )
         self.register_buffer("centers", centers)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Puts this process's centers where they start. Sends nothing."""
+        shard, generator = self.centers.to_local(), None
+        if self.center_init not in ("features", "tensor"):
+            # Processes with equal seeds must not draw equal rows.
+            seed = int(torch.randint(2**62, ())) + self.centers.device_mesh.get_local_rank()
+            generator = torch.Generator(shard.device).manual_seed(seed)
+        fill(shard, self._start, generator)
+        self._checked = False
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """The loss under the centers as they are; then, in training, the centers move."""
@@ -151,6 +159,9 @@ class ShardedSeparateLoss(nn.Module):
             )
         with torch.no_grad():
             shard = self.centers.to_local()
+        if not self._checked:
+            check_set("centers", shard, is_set=True)
+            self._checked = True
         batch = read_batch(
             features,
             target,
@@ -179,33 +190,19 @@ class ShardedSeparateLoss(nn.Module):
         with torch.no_grad():
             kept, _, counted = finite(units, cosines, batch.counted)
             sums, count = ops.class_sums(kept, of_sample, counted, len(classes))
-            numbers = torch.stack([(norms != torch.inf).sum(), count.sum()])
-            sent = [numbers, total] if matrix is None else [numbers, total, matrix.flatten()]
-            shared = torch.cat(sent)
-            dist.all_reduce(shared, group=exchange.group)
-            (nonzero, batch_size), shared = shared[:2], shared[2:]
-            total, shared = shared[: self.feature_dim], shared[self.feature_dim :]
-            if matrix is None:
-                inter = ops.inter_by_count(total, nonzero, self.num_classes)
-            else:
-                matrix = shared.view_as(matrix)
-                inter = ops.square_of(total, matrix, nonzero, self.num_classes)
+            whole = self._of_all(norms, total, matrix, count, exchange.group)
 
         intra = intra_terms(batch, cosines)
         mean = reduce(intra, batch.mass, None, "mean")
-        self.last_terms = Terms(mean.detach(), inter)
+        self.last_terms = Terms(mean.detach(), whole.inter)
         if self.training and torch.is_grad_enabled():
             # Of a class here, the sums of all processes' samples.
             packed = exchange.to_owners(torch.cat([sums, count.unsqueeze(-1)], dim=-1))
             sums, count = packed[:, :-1], packed[:, -1]
             # The shard itself, or a copy of it in the type that was computed in.
             centers = batch.centers
-            rate = ops.rate_for(self.center_lr, batch_size, self.num_classes)
-            if matrix is None:
-                ops.push_apart_(centers, norms, total, rate, num_classes=self.num_classes)
-            else:
-                push, matrix = ops.push_of_square(total, matrix, self.num_classes, rate)
-                ops.push_apart_by_(centers, norms, push, matrix)
+            rate = ops.rate_for(self.center_lr, whole.batch_size, self.num_classes)
+            self._push_apart(centers, norms, whole, rate)
             ops.pull_by_index_(
                 centers,
                 sums,
@@ -216,12 +213,43 @@ class ShardedSeparateLoss(nn.Module):
                 norms=norms,
                 rate=rate,
                 start=True,
-                batch_size=batch_size,
+                batch_size=whole.batch_size,
             )
             if centers is not shard:
                 shard.copy_(centers)
-        loss = reduce(intra, batch.mass, inter, self.reduction)
+        loss = reduce(intra, batch.mass, whole.inter, self.reduction)
         return loss.reshape(features.shape[:-1]) if self.reduction == "none" else loss
+
+    def _of_all(
+        self,
+        norms: Tensor,
+        total: Tensor,
+        matrix: Tensor | None,
+        count: Tensor,
+        group: dist.ProcessGroup,
+    ) -> "_Whole":
+        """The separation and the size of the batch, from each process's part, in one message."""
+        numbers = torch.stack([(norms != torch.inf).sum(), count.sum()])
+        parts = [numbers, total] if matrix is None else [numbers, total, matrix.flatten()]
+        shared = torch.cat(parts)
+        dist.all_reduce(shared, group=group)
+        nonzero, batch_size = shared[:2]
+        total, shared = shared[2:].tensor_split([self.feature_dim])
+        if matrix is None:
+            inter = ops.inter_by_count(total, nonzero, self.num_classes)
+            return _Whole(inter, total, None, batch_size)
+        matrix = shared.view_as(matrix)
+        inter = ops.square_of(total, matrix, nonzero, self.num_classes)
+        return _Whole(inter, total, matrix, batch_size)
+
+    def _push_apart(
+        self, centers: Tensor, norms: Tensor, whole: "_Whole", rate: Tensor | float
+    ) -> None:
+        if whole.matrix is None:
+            ops.push_apart_(centers, norms, whole.total, rate, num_classes=self.num_classes)
+            return
+        push, matrix = ops.push_of_square(whole.total, whole.matrix, self.num_classes, rate)
+        ops.push_apart_by_(centers, norms, push, matrix)
 
     def _exchange(self, classes: Tensor, is_double: bool) -> "_Exchange":
         """From the classes of the own samples, in order, and how the process computes."""
@@ -244,6 +272,15 @@ class ShardedSeparateLoss(nn.Module):
             f"reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
             f"processes={self.centers.device_mesh.size()}"
         )
+
+
+class _Whole(NamedTuple):
+    """What is of all centers and of all samples."""
+
+    inter: Tensor
+    total: Tensor  # (d,), the sum of the centers' directions
+    matrix: Tensor | None  # (d, d), their Gram matrix, for the squared separation
+    batch_size: Tensor
 
 
 class _Exchange(NamedTuple):

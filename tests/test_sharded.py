@@ -180,14 +180,25 @@ def other_ways(rank: int) -> dict[str, Any]:
 def draw() -> dict[str, Tensor]:
     torch.manual_seed(0)
     inits: Any = ("sphere", "normal", "uniform")
-    return {
-        init: ShardedSeparateLoss(40, 8, center_init=init).centers.full_tensor() for init in inits
-    }
+    drawn = {}
+    for init in inits:
+        criterion = ShardedSeparateLoss(40, 8, center_init=init)
+        drawn[init] = criterion.centers.full_tensor().clone()
+        criterion.reset_parameters()
+        drawn[f"{init} again"] = criterion.centers.full_tensor()
+        assert not torch.equal(drawn[init], drawn[f"{init} again"])
+    given = ShardedSeparateLoss(40, 8, center_init=drawn["normal"])
+    given.centers.to_local().zero_()
+    given.reset_parameters()
+    assert torch.equal(given.centers.full_tensor(), drawn["normal"])
+    return drawn
 
 
 def refuse(rank: int, size: int) -> list[str]:
     criterion = ShardedSeparateLoss(7, FEATURE_DIM)
     features = torch.randn(3, FEATURE_DIM)
+    broken = ShardedSeparateLoss(7, FEATURE_DIM)
+    broken.centers.to_local().fill_(torch.nan)
     mesh = init_device_mesh("cpu", (1, size))
     calls: list[Any] = [
         lambda: criterion(features, torch.rand(3, 7)),
@@ -195,6 +206,7 @@ def refuse(rank: int, size: int) -> list[str]:
         lambda: criterion(features[:, 1:], torch.arange(3)),
         lambda: ShardedSeparateLoss(7, FEATURE_DIM, center_init=torch.ones(2, FEATURE_DIM)),
         lambda: ShardedSeparateLoss(7, FEATURE_DIM, mesh=mesh),
+        lambda: broken(features, torch.arange(3)),
         lambda: criterion(features.double() if rank == 0 else features, torch.arange(3)),
     ]
     messages = []
@@ -300,6 +312,7 @@ EXPECTED = [
     "features must have 4 values in the last dimension, as centers have, got shape (3, 3)",
     "center_init must have shape (7, 4), got (2, 4)",
     "mesh must have one dimension of cpu devices, got ",
+    "centers must hold finite values, got NaN or infinity; call reset_parameters()",
     "features must have one type in all processes, got such that 1 of ",
 ]
 
