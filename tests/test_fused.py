@@ -148,6 +148,15 @@ def test_scale_free_gradients_and_a_rate_that_fits_the_batch(dtype: torch.dtype)
     assert_same(replace(problem, target=none), dtype, center_lr=None)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_scale_free_gradients_of_ignored_samples_are_zero(value: float) -> None:
+    problem = draw(3, 4, 3)
+    problem.features[1], problem.target[1] = value, problem.ignore_index
+    gradient = step(problem, scale_free=True).of_features
+    assert gradient.isfinite().all()
+    assert gradient.any(-1).tolist() == [True, False, True]
+
+
 def draw(num_samples: int, d: int, num_classes: int, dtype: torch.dtype = torch.float32) -> Problem:
     target = torch.randint(num_classes, (num_samples,))
     return Problem(

@@ -15,7 +15,8 @@ import torch
 RECIPES = Path(__file__).parent.parent / "docs" / "recipes"
 # With libraries that warn, log and set global state, each in a process of its own.
 OTHER_LIBRARIES = {
-    "lightning_module.py", "metric_learning.py", "timm_model.py", "transformers_trainer.py"
+    "lightning_module.py", "metric_learning.py", "neck.py", "timm_model.py",
+    "transformers_trainer.py",
 }  # fmt: skip
 PROGRAMS = sorted({path.name for path in RECIPES.glob("*.py")} - {"data.py"} - OTHER_LIBRARIES)
 
@@ -77,8 +78,9 @@ def check_learning(losses: list[float]) -> None:
     assert sum(losses[-5:]) / 5 < 0.9
 
 
-def test_a_timm_model_learns(tmp_path: Path) -> None:
-    check_learning(run_apart("timm_model.py", tmp_path, "losses")["losses"])
+@pytest.mark.parametrize("program", ["timm_model.py", "neck.py"])
+def test_timm_models_learn(program: str, tmp_path: Path) -> None:
+    check_learning(run_apart(program, tmp_path, "losses")["losses"])
 
 
 @pytest.mark.parametrize("program", ["lightning_module.py", "transformers_trainer.py"])

@@ -86,6 +86,18 @@ def test_zero_vectors_get_none() -> None:
     assert features.grad.any(-1).tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_ignored_samples_get_none_whatever_they_hold(value: float) -> None:
+    features = torch.randn(3, 4)
+    features[1] = value
+    features.requires_grad_()
+    target = torch.tensor([0, -100, 2])
+    separate_loss(features, target, torch.randn(3, 4), scale_free=True).backward()
+    assert features.grad is not None
+    assert features.grad.isfinite().all()
+    assert features.grad.any(-1).tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_its_type_and_what_is_large(dtype: torch.dtype) -> None:
     """Eq. 5 itself is too small for float16 where features are this long."""

@@ -66,7 +66,7 @@ def _cosface(problem: Problem) -> nn.Module:
 
 
 def _paper(problem: Problem) -> nn.Module:
-    return SeparateLoss(problem.classes, problem.dim)
+    return SeparateLoss(problem.classes, problem.dim, center_lr=10.0)
 
 
 def _slow(problem: Problem) -> nn.Module:

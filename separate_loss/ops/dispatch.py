@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from separate_loss._checks import check_choice
-from separate_loss._torch import in_transform
+from separate_loss._torch import RELEASE, in_transform
 
 CHOICE = os.environ.get("SEPARATE_LOSS_OPS", "auto")
 check_choice("SEPARATE_LOSS_OPS", CHOICE, ("auto", "eager", "fused"))
@@ -21,7 +21,8 @@ check_choice("SEPARATE_LOSS_OPS", CHOICE, ("auto", "eager", "fused"))
 # Whether "auto" takes the kernels on CUDA. No GPU has run them yet.
 AUTO_TAKES_KERNELS = False
 
-HAS_TRITON = find_spec("triton") is not None and torch.version.hip is None
+# What the kernels need of Triton came in 3.4, beside torch 2.8.
+HAS_TRITON = find_spec("triton") is not None and torch.version.hip is None and RELEASE >= (2, 8)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A program holds a row of features, and looks for the samples of a class one by one.
 MOST_FEATURES, MOST_SAMPLES = 2**14, 2**14
@@ -64,7 +65,7 @@ def kernels_for(features: Tensor, target: Tensor, centers: Tensor) -> ModuleType
 
 def _hindrance(features: Tensor, centers: Tensor) -> str | None:
     if not HAS_TRITON:
-        return "no Triton for CUDA is installed"
+        return "no Triton for CUDA is installed, or torch is older than 2.8"
     for tensor in (features, centers):
         if tensor.dtype not in DTYPES:
             return f"a tensor of {tensor.dtype}; expected {', '.join(map(str, DTYPES))}"

@@ -197,7 +197,8 @@ def scale_free(vectors: Tensor) -> Tensor:
     if plain and not (torch.is_grad_enabled() and vectors.requires_grad):
         return vectors
     norms = _norms(vectors.detach()).unsqueeze(-1)
-    norms = norms.masked_fill(norms == torch.inf, 0)
+    # Also where it is NaN, as an ignored sample has the gradient 0.
+    norms = norms.masked_fill(~norms.isfinite(), 0)
     if not plain:
         function: Any = _ScaleFree if torch.compiler.is_compiling() else _ScaleFreeWithForwardMode
         same: Tensor = function.apply(vectors, norms)
