@@ -44,7 +44,7 @@ class DigitClassifier(nn.Module):
     """Two convolutions and a linear layer; returns features and logits.
 
     Features are signed (a linear embedding) or non-negative (ReLU and average pooling, as in the
-    paper's ResNet), and then multiplied by `feature_scale`.
+    paper's ResNet), and then multiplied by `feature_scale`; a neck puts BatchNorm1d behind those.
     """
 
     def __init__(self, kind: FeatureKind = "signed", feature_scale: float = 1.0) -> None:
@@ -58,9 +58,10 @@ class DigitClassifier(nn.Module):
             tail = [nn.Conv2d(32, FEATURE_DIM, 3, padding=1), *pool]
         self.extractor = nn.Sequential(*stem, *tail)
         self.classifier = nn.Linear(FEATURE_DIM, NUM_CLASSES)
+        self.neck = nn.BatchNorm1d(FEATURE_DIM) if kind == "neck" else nn.Identity()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.extractor(images) * self.feature_scale
+        features = self.neck(self.extractor(images) * self.feature_scale)
         return features, self.classifier(features)
 
 

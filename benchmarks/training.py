@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from separate_loss import metrics
 
-FeatureKind = Literal["signed", "non-negative"]
+FeatureKind = Literal["signed", "non-negative", "neck"]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of features, logits, labels
 
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +13,7 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 
-from benchmarks import contenders, gpu, report, resnet, scale
+from benchmarks import contenders, forms, gpu, rate, report, resnet, scale
 from benchmarks.__main__ import main
 from benchmarks.contenders import CONTENDERS, Contender, Problem, Size
 
@@ -197,6 +199,54 @@ def test_results_do_not_mix_with_those_of_other_sources(
     monkeypatch.setattr(report, "_digest", lambda: "other")
     with pytest.raises(SystemExit, match=r"figures for separate_loss '.*, sources [0-9a-f]{12}'"):
         report.Results(path, {})
+
+
+def test_rate(tmp_path: Path) -> None:
+    output = tmp_path / "rate.md"
+    main(
+        [
+            "rate",
+            "--classes",
+            "3",
+            "40",
+            "--batches",
+            "8",
+            "--most-steps",
+            "5",
+            f"--output={output}",
+        ]
+    )
+    rows = output.read_text().splitlines()[2:4]
+    assert [row.split(" | ")[:2] for row in rows] == [["| 3", "8"], ["| 40", "8"]]
+    assert all(row.count(" after 5") == 2 for row in rows)
+
+
+def test_rate_tells_when_centers_agree() -> None:
+    fast, slow = (rate.follow(20, 32, center_lr, 100) for center_lr in (30.0, 0.01))
+    assert int(fast) < 100
+    assert slow.endswith(" after 100")
+
+
+def test_forms(tmp_path: Path) -> None:
+    output = tmp_path / "forms.md"
+    main(["forms", "--seeds=2", "--epochs=1", f"--output={output}"])
+    rows = [line for line in output.read_text().splitlines() if line.count(" ± ") > 1]
+    cells = {tuple(row.strip("| ").split(" | ")[:3]) for row in rows}
+    assert len(cells) == len(forms.SETTINGS) * len(forms.KINDS) * len(forms.FORMS)
+    # Softmax loss has no centers.
+    assert all(row.endswith(" - |") == ("| softmax |" in row) for row in rows)
+
+
+def test_heads(tmp_path: Path) -> None:
+    """In a process of its own, as it completes torchvision and brings timm."""
+    output = tmp_path / "heads.md"
+    command = [sys.executable, "-m", "benchmarks", "heads", f"--output={output}", "--modules"]
+    modules = ["vision_transformer", "crossvit"]
+    subprocess.run([*command, *modules], check=True, capture_output=True)
+    page = output.read_text()
+    assert "Of 2: 1 right, 1 refused." in page
+    assert "| vision_transformer | test_vit | 0.31 | Linear | right |" in page
+    assert "| crossvit | crossvit_tiny_240 | 6.73 | ModuleList | refused: no forward pass" in page
 
 
 def test_table() -> None:
