@@ -10,6 +10,7 @@ COMMANDS = {
     "beyond": "whether another separation than Eq. 3 helps more",
     "course": "a picture of classes coming together and apart over training",
     "forms": "the paper's form of the loss beside the others, on digits",
+    "retrieval": "classes that were not trained on, found by cosine",
     "rate": "how soon centers follow classes whose means have changed",
     "heads": "which models of timm work with one line",
     "gpu": "whether the fused kernels reach their bars, on a CUDA GPU",

@@ -78,7 +78,7 @@ class Output:
         """Whether nothing can lead here any more."""
         return self.node is None and (self.storage is None or self.storage.expired())
 
-    def sharesstorage_of(self, logits: Tensor) -> bool:
+    def shares_storage(self, logits: Tensor) -> bool:
         """Whether logits lie where the output lies, in the same type."""
         return (
             self.storage is not None
@@ -183,7 +183,7 @@ class Recorder:
 
     def _find(self, logits: Tensor, class_dim: int) -> tuple[Pass, int]:
         for kept in reversed(self.passes):
-            if kept.sharesstorage_of(logits) and kept.version == version_of(logits):
+            if kept.shares_storage(logits) and kept.version == version_of(logits):
                 sizes = kept.one.sizes
                 dim = class_dim_of_view(logits, sizes, kept.strides, dim_of(class_dim, sizes))
                 if dim is None:

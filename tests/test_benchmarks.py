@@ -13,7 +13,7 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 
-from benchmarks import contenders, forms, gpu, rate, report, resnet, scale
+from benchmarks import contenders, forms, gpu, rate, report, resnet, retrieval, scale
 from benchmarks.__main__ import main
 from benchmarks.contenders import CONTENDERS, Contender, Problem, Size
 
@@ -247,6 +247,27 @@ def test_heads(tmp_path: Path) -> None:
     assert "Of 2: 1 right, 1 refused." in page
     assert "| vision_transformer | test_vit | 0.31 | Linear | right |" in page
     assert "| crossvit | crossvit_tiny_240 | 6.73 | ModuleList | refused: no forward pass" in page
+
+
+def test_retrieval(tmp_path: Path) -> None:
+    output = tmp_path / "retrieval.md"
+    main(["retrieval", "--splits=2", "--epochs=1", f"--output={output}"])
+    rows = output.read_text().splitlines()[2 : 2 + len(retrieval.METHODS)]
+    assert [row.count(" ± ") for row in rows] == [0, *[2] * (len(rows) - 1)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_map_at_r_is_that_of_loops(seed: int) -> None:
+    torch.manual_seed(seed)
+    features, labels = torch.randn(12, 3), torch.arange(12) % 3
+    cosines = torch.nn.functional.normalize(features, dim=-1)
+    total = 0.0
+    for i in range(12):
+        others = sorted(set(range(12)) - {i}, key=lambda j: -float(cosines[i] @ cosines[j]))
+        right = [bool(labels[j] == labels[i]) for j in others]
+        most = sum(right)
+        total += sum(sum(right[: k + 1]) / (k + 1) for k in range(most) if right[k]) / most
+    assert retrieval.map_at_r(features, labels) == pytest.approx(total / 12)
 
 
 def test_table() -> None:
