@@ -17,7 +17,8 @@ test: lint
 	$(BIN)/python -m pytest
 
 # The core tests on another release, as in `make test-torch TORCH=2.6.0`, in an environment of its own
-# that is removed afterwards.
+# that is removed afterwards. The example in sharded.py takes down a gloo group in the tests' own
+# process, which may wait for ever on 2.6.
 test-torch: ENVIRONMENT = build/torch-$(TORCH)
 test-torch:
 	@test -n "$(TORCH)" || { echo "TORCH must name a release, as in TORCH=2.6.0"; exit 2; }
@@ -26,7 +27,7 @@ test-torch:
 	grep -E '^(hypothesis|numpy|pytest)==' constraints.txt > $(ENVIRONMENT)/requirements.txt; \
 	$(ENVIRONMENT)/bin/pip install --quiet -r $(ENVIRONMENT)/requirements.txt torch==$(TORCH); \
 	$(ENVIRONMENT)/bin/python -m pytest $(CORE:%=tests/test_%.py) separate_loss \
-		--ignore=separate_loss/ops --ignore=separate_loss/plots.py
+		$(addprefix --ignore=separate_loss/,ops plots.py sharded.py)
 
 fuzz: $(INSTALLED)
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests -m properties
