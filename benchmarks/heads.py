@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.report import environment, provenance, table
+from benchmarks.report import environment, provenance, table, write
 from benchmarks.vision import complete_torchvision
 from separate_loss import SoftmaxSeparateLoss
 
@@ -53,8 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     for module, name in _models(options.modules):
         outcomes.append(_try(module, name))
         print(" | ".join(map(str, outcomes[-1])), flush=True)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(_page(outcomes))
+    write(options.output, _page(outcomes))
     print(f"Page: {options.output}")
 
 
@@ -100,18 +99,17 @@ def _try(module: str, name: str) -> Outcome:
 
 def _result(model: Any, head: Any, images: Tensor) -> tuple[str, Tensor | None]:
     """`right`, or what is wrong, and the features that timm returns."""
-    truth: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
+    truth = model.forward_head(model.forward_features(images), pre_logits=True)
+    truth = truth if isinstance(truth, Tensor) else None  # some return several
     try:
         criterion = SoftmaxSeparateLoss(head)
         criterion(model(images), torch.arange(2)).backward()
     except (TypeError, ValueError, RuntimeError) as error:
-        return f"refused: {re.split('[;,]', str(error))[0]}", truth if isinstance(
-            truth, Tensor
-        ) else None
+        return f"refused: {re.split('[;,]', str(error))[0]}", truth
     given = SoftmaxSeparateLoss(head, center_update="none", center_init="sphere")
     given.separate.load_state_dict(criterion.separate.state_dict())
     found, expected = given(model(images), torch.arange(2)), None
-    if isinstance(truth, Tensor) and truth.shape[1] == given.separate.feature_dim:
+    if truth is not None and truth.shape[1] == given.separate.feature_dim:
         expected = given(model(images), torch.arange(2), features=truth.flatten(1))
     if expected is None or not torch.allclose(found, expected, rtol=1e-4):
         return "accepted; timm's features are others", None

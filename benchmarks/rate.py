@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--classes", type=int, nargs="+", default=CLASSES)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
-    parser.add_argument("--most-steps", type=int, default=5_000)
+    parser.add_argument("--most-steps", type=int, default=3_000)
     parser.add_argument("--output", type=Path, default=Path("build/rate.md"))
     options = parser.parse_args(arguments)
     cells = list(product(options.classes, options.batches))

@@ -20,7 +20,6 @@ from separate_loss.ops.eager import (
     _may_hold_zero,
     _norms,
     _number,
-    _plus,
     _project,
     matmul,
     within,
@@ -38,16 +37,15 @@ def gram(centers: Tensor, *, by_class: bool = False) -> tuple[Tensor, Tensor, Te
         norms = _norms(centers)
         units = centers / norms.unsqueeze(-1)
         return norms, units.sum(0), matmul(units, units.mT)
-    found, total, matrix = [], None, None
+    found, dim = [], centers.shape[1]
+    total, matrix = centers.new_zeros(dim), centers.new_zeros(dim, dim)
     for (block,) in _blocks(centers):
         norms = _norms(block)
         units = block / norms.unsqueeze(-1)
         found.append(norms)
-        total = _plus(total, units.sum(0))
-        matrix = _plus(matrix, matmul(units.mT, units))
-    assert total is not None
-    assert matrix is not None
-    return torch.cat(found) if len(found) > 1 else found[0], total, matrix
+        total = total + units.sum(0)
+        matrix = matrix + matmul(units.mT, units)
+    return torch.cat(found), total, matrix
 
 
 def _weights(num_classes: int) -> tuple[float, float]:
@@ -61,6 +59,15 @@ def square_of(total: Tensor, matrix: Tensor, nonzero: Tensor | float, num_classe
     alone = nonzero * (1 + 2 * a) - a * a * nonzero * (nonzero - 1)
     value: Tensor = matrix.square().sum() + 2 * a * total.square().sum() - alone
     return within(value * share, 0, 1)
+
+
+def _slopes(total: Tensor, matrix: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """The gradient of Q for a center's direction: a vector, and a factor beside the directions.
+
+    What it has along the direction itself, the pair with k = j among it, is projected away.
+    """
+    share, a = _weights(num_classes)
+    return total * (4 * share * a), matrix * (4 * share)
 
 
 def _spread(units: Tensor, matrix: Tensor, by_class: bool) -> Tensor:
@@ -97,17 +104,16 @@ class _Square(torch.autograd.Function):
         centers, norms, total, matrix = ctx.saved_tensors
         if centers is None:
             return None
-        share, a = _weights(len(centers))
-        vector, product = grad_total, None
+        vector = torch.zeros_like(total) if grad_total is None else grad_total
+        product = torch.zeros_like(matrix)
         if grad_matrix is not None:
             product = grad_matrix + grad_matrix.mT
         if grad_value is not None:
-            product = _plus(product, grad_value * (4 * share) * matrix)
-            vector = _plus(vector, grad_value * (4 * share * a) * total)
+            of_total, of_matrix = _slopes(total, matrix, len(centers))
+            vector, product = vector + grad_value * of_total, product + grad_value * of_matrix
         of_centers = _gradient(centers, norms, vector, product)
         if grad_norms is not None:
-            along = (grad_norms / norms).unsqueeze(-1) * centers
-            of_centers = _plus(of_centers, along)
+            of_centers = of_centers + (grad_norms / norms).unsqueeze(-1) * centers
         return of_centers
 
 
@@ -125,21 +131,13 @@ class _SquareWithForwardMode(_Square):
         return of_value * share, (tangent * units).sum(-1), of_total, of_matrix
 
 
-def _gradient(
-    centers: Tensor, norms: Tensor, vector: Tensor | None, product: Tensor | None
-) -> Tensor | None:
+def _gradient(centers: Tensor, norms: Tensor, vector: Tensor, product: Tensor) -> Tensor:
     """For centers, of what is linear in their directions by a vector and by a matrix."""
-    if vector is None and product is None:
-        return None
     by_class, found = _is_by_class(centers), []
     whole = by_class or torch.is_grad_enabled()
     for block, norm in [(centers, norms)] if whole else _blocks(centers, norms):
         units = block / norm.unsqueeze(-1)
-        along = None if product is None else _spread(units, product, by_class)
-        if vector is not None:
-            along = _plus(along, vector.expand_as(units))
-        assert along is not None
-        found.append(_project(along, units, norm))
+        found.append(_project(_spread(units, product, by_class) + vector, units, norm))
     return torch.cat(found) if len(found) > 1 else found[0]
 
 
@@ -157,8 +155,8 @@ def push_of_square(
 
     A vector (d,) for all centers, and a factor beside each center's direction, as `matrix` is one.
     """
-    share, a = _weights(num_classes)
-    return total * (-2 * share * a * rate), matrix * (-2 * share * rate)
+    of_total, of_matrix = _slopes(total, matrix, num_classes)
+    return of_total * (-0.5 * rate), of_matrix * (-0.5 * rate)
 
 
 def by_dims(
