@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/installed
 CORE := checks compile distributed functional gradients invariants layouts memory metrics modules \
 	package pairing public_api robustness scale_free sharded softmax square torch types
 
-.PHONY: demo test test-torch fuzz lint docs package clean
+.PHONY: demo test test-cuda test-torch fuzz lint docs package clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m benchmarks.demo
@@ -28,6 +28,10 @@ test-torch:
 	$(ENVIRONMENT)/bin/pip install --quiet -r $(ENVIRONMENT)/requirements.txt torch==$(TORCH); \
 	$(ENVIRONMENT)/bin/python -m pytest $(CORE:%=tests/test_%.py) separate_loss \
 		$(addprefix --ignore=separate_loss/,ops plots.py sharded.py)
+
+# On a machine with a CUDA GPU, where pip brings a torch for it.
+test-cuda: $(INSTALLED)
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_cuda.py
 
 fuzz: $(INSTALLED)
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests -m properties

@@ -92,8 +92,8 @@ def test_gpu_script_on_small_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     small, large = Size(6, 4, 3), Size(4, 3, 9)
     monkeypatch.setattr(resnet, "TURNS", 1)
     monkeypatch.setattr(gpu, "SMALL", small)
+    monkeypatch.setattr(gpu, "BETWEEN", (Size(5, 3, 4),))
     monkeypatch.setattr(gpu, "LARGE", large)
-    monkeypatch.setattr(gpu, "CHECKED", (small, large))
     monkeypatch.setattr(gpu, "IMAGES", 32)
     monkeypatch.setattr(gpu, "BATCH_SIZE", 2)
     monkeypatch.setattr(gpu, "SECONDS", 0.02)
@@ -102,9 +102,7 @@ def test_gpu_script_on_small_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert {"torch", "gpu", "date"} <= set(found["environment"])
     assert found["settings"]["triton"] == version("triton")
-    assert max(found["measured"]["agreement"].values()) <= 1
     page = (tmp_path / "gpu.md").read_text()
-    assert re.search(r"\| difference from the eager form .* \| 0\.\d+ \| \*\*met\*\* \|", page)
     assert f"| {small} paper: launches | at most 6 | 0 | not measured |" in page
     for form in gpu.FORMS:
         assert f"| {large} gradient {form} |" in page

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
 from separate_loss import functional as F
 from separate_loss import separate_loss
-from separate_loss._checks import Reduction
+from separate_loss._checks import Reduction, Separation
 from tests import reference
 from tests.properties import REDUCTIONS, Problem, assert_equal, holds_for, problems
 
@@ -186,3 +187,18 @@ def test_reductions_of_a_batch_that_counts_for_nothing() -> None:
         each = separate_loss(features, target, centers, reduction="none")
         assert torch.equal(each, torch.zeros(len(features)))
         assert F.intra_class_loss(features, target, centers) == 0
+
+
+@pytest.mark.parametrize("separation", ["mean", "square"])
+def test_double_precision_holds_where_values_cannot_be_read(separation: Separation) -> None:
+    """As on a GPU, where a count of classes was divided in float32 once."""
+    torch.manual_seed(0)
+    features, centers = torch.randn(3, 4, 5).double(), torch.randn(3, 7, 5).double()
+    target = torch.randint(7, (3, 4))
+
+    def loss(features: Tensor, target: Tensor, centers: Tensor) -> Tensor:
+        return separate_loss(features, target, centers, separation=separation)
+
+    each = [loss(*one) for one in zip(features, target, centers, strict=True)]
+    found = torch.func.vmap(loss)(features, target, centers)
+    torch.testing.assert_close(found, torch.stack(each), rtol=1e-15, atol=1e-15)

@@ -238,7 +238,7 @@ def test_centers_beyond_what_32_bits_can_count(monkeypatch: pytest.MonkeyPatch) 
     left = samples, classes, total, numbers
     run_last(
         kernels.move, num_classes, numbers, *batch, *left, centers, *sizes, 1.0,
-        PER_SAMPLE=False, PAPER=True, START=True, **form,
+        PER_SAMPLE=False, PAPER=True, START=True, LABELS=32, **form,
     )  # fmt: skip
     assert centers[-1, 1:].unique().tolist() == [1 / 128]
     assert not centers[0].any()
@@ -457,25 +457,59 @@ class TestChoice:
     def test_auto_on_a_cpu_leaves_triton_alone(self) -> None:
         program = (
             "import sys, torch, separate_loss\n"
-            "from separate_loss.ops import dispatch\n"
-            "dispatch.AUTO_TAKES_KERNELS = True\n"
             "separate_loss.separate_loss(torch.ones(2, 2), torch.arange(2), torch.eye(2))\n"
             "assert 'triton' not in sys.modules"
         )
         subprocess.run([sys.executable, "-c", program], check=True)
 
-    def test_auto_takes_the_kernels_on_cuda_alone_and_by_one_switch(
+    def test_auto_takes_the_kernels_on_cuda_alone_where_nothing_compiles(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         class OnCuda:
             is_cuda = True
 
         monkeypatch.setattr(dispatch, "CHOICE", "auto")
-        for switch in (False, True):
-            monkeypatch.setattr(dispatch, "AUTO_TAKES_KERNELS", switch)
-            assert dispatch.may_fuse(OnCuda()) == switch
-            assert not dispatch.may_fuse(torch.ones(2))
-            assert not dispatch.may_fuse("no tensor")
+        assert dispatch.may_fuse(OnCuda())
+        assert not dispatch.may_fuse(torch.ones(2))
+        assert not dispatch.may_fuse("no tensor")
+        monkeypatch.setattr(dispatch, "is_compiling", lambda: True)
+        assert not dispatch.may_fuse(OnCuda())
+
+    def test_auto_takes_them_where_they_work_and_batches_are_not_large(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def serves(num_samples: int) -> bool:
+            problem = draw(num_samples, 3, 5)
+            return dispatch.kernels_for(*problem_tensors(problem)) is fused
+
+        def problem_tensors(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+            return problem.features, problem.target, problem.centers
+
+        monkeypatch.setattr(dispatch, "CHOICE", "auto")
+        monkeypatch.setattr(fused, "works_on", lambda _: True)
+        assert serves(dispatch.AUTO_SAMPLES)
+        assert not serves(dispatch.AUTO_SAMPLES + 1)
+        monkeypatch.setattr(fused, "works_on", lambda _: False)
+        assert not serves(4)
+
+    def test_auto_asks_whether_they_can_be_built(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The CPU stands for a GPU: the interpreter runs what is launched there."""
+        capability = [8, 0]
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: tuple(capability))
+        cpu = torch.device("cpu")
+
+        def works() -> bool:
+            fused.works_on.cache_clear()
+            return fused.works_on(cpu)
+
+        assert works()
+        monkeypatch.setattr(fused, "_read", None)
+        with pytest.warns(UserWarning, match="goes without its kernels, .* not callable"):
+            assert not works()
+        assert not fused.works_on(cpu)  # asked once, and warned of once
+        capability[0] = 7
+        assert not works()
+        fused.works_on.cache_clear()
 
     def test_forced_says_why_it_cannot_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
         problem = draw(4, 3, 5)

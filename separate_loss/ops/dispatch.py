@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from separate_loss._checks import check_choice
 from separate_loss._torch import RELEASE, in_transform
@@ -18,8 +19,8 @@ from separate_loss._torch import RELEASE, in_transform
 CHOICE = os.environ.get("SEPARATE_LOSS_OPS", "auto")
 check_choice("SEPARATE_LOSS_OPS", CHOICE, ("auto", "eager", "fused"))
 
-# Whether "auto" takes the kernels on CUDA. No GPU has run them yet.
-AUTO_TAKES_KERNELS = False
+# The largest batch for which "auto" takes the kernels, on CUDA: docs/kernels.md has the figures.
+AUTO_SAMPLES = 1024
 
 # What the kernels need of Triton came in 3.4, beside torch 2.8.
 HAS_TRITON = find_spec("triton") is not None and torch.version.hip is None and RELEASE >= (2, 8)
@@ -31,7 +32,8 @@ MOST_FEATURES, MOST_SAMPLES = 2**14, 2**14
 def may_fuse(centers: object) -> bool:
     """Whether the kernels come into question at all, for arguments that nobody checked yet."""
     if CHOICE == "auto":
-        return AUTO_TAKES_KERNELS and HAS_TRITON and getattr(centers, "is_cuda", False)
+        # What torch.compile makes of the operators is as fast but for very many classes.
+        return HAS_TRITON and getattr(centers, "is_cuda", False) and not is_compiling()
     return CHOICE == "fused"
 
 
@@ -42,25 +44,27 @@ def kernels_for(features: Tensor, target: Tensor, centers: Tensor) -> ModuleType
         RuntimeError: SEPARATE_LOSS_OPS=fused, and the kernels cannot run on them.
 
     """
-    num_samples = target.numel()
-    if target.is_floating_point() or num_samples > MOST_SAMPLES:
+    auto = CHOICE == "auto"
+    if target.is_floating_point() or target.numel() > (AUTO_SAMPLES if auto else MOST_SAMPLES):
         return None
     if centers.shape[1] > MOST_FEATURES:
         return None
-    if not torch.compiler.is_compiling() and in_transform():
+    if not is_compiling() and in_transform():
         return None
     hindrance = _hindrance(features, centers)
     if hindrance is None:
         from separate_loss.ops import fused  # noqa: PLC0415 - brings Triton
 
+        if auto:
+            return fused if fused.works_on(centers.device) else None
         if centers.is_cuda or fused.INTERPRETED:
             return fused
         hindrance = (
             f"tensors on {centers.device}, which needs Triton's interpreter: TRITON_INTERPRET=1"
         )
-    if CHOICE == "fused":
-        raise RuntimeError(f"SEPARATE_LOSS_OPS=fused cannot run: {hindrance}")
-    return None
+    if auto:
+        return None
+    raise RuntimeError(f"SEPARATE_LOSS_OPS=fused cannot run: {hindrance}")
 
 
 def _hindrance(features: Tensor, centers: Tensor) -> str | None:

@@ -357,11 +357,13 @@ def inter(total: Tensor, norms: Tensor) -> Tensor:
     return inter_by_count(total, nonzero, num_classes)
 
 
-def inter_by_count(total: Tensor, nonzero: Tensor | int, num_classes: int) -> Tensor:
+def inter_by_count(total: Tensor, nonzero: Tensor | float, num_classes: int) -> Tensor:
     """Eq. 3 from the sum of the centers' directions (d,) and how many of them are not zero."""
     pairs = _pairs(num_classes)
     # Sum over all pairs, then without each center beside itself. A zero center has no direction.
-    alone = 0.5 - (nonzero if isinstance(nonzero, int) else _number(nonzero)) / pairs
+    if isinstance(nonzero, Tensor):  # a quotient of integers would be in float32
+        nonzero = _number(nonzero.to(total.dtype))
+    alone = 0.5 - nonzero / pairs
     value = torch.rsub(matmul(total, total), alone, alpha=-1 / pairs)
     return within(value, (num_classes - 2) / (2 * (num_classes - 1)), 1)
 

@@ -14,6 +14,8 @@ What `read` leaves for the others, beside the loss:
   the batch; total (d,): the sum of the unit centers.
 """
 
+import warnings
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +31,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Programs among which few centers are spread, and values that a program holds of many.
 PROGRAMS, TILE = 1024, 2048
 BATCH = 1024
+# Labels that a program looks at together before it looks at them one by one.
+LABELS = 32
 
 
 def _launch(kernel: Any, programs: int, *arguments: object, **constants: object) -> None:
@@ -37,6 +41,23 @@ def _launch(kernel: Any, programs: int, *arguments: object, **constants: object)
     device = next(value for value in arguments if isinstance(value, Tensor))
     with torch.cuda.device_of(device):
         kernel[(programs,)](*arguments, **constants)
+
+
+@cache
+def works_on(device: torch.device) -> bool:
+    """Whether kernels can be built and started on a GPU; warns once where Triton fails."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        sample = torch.ones(1, 2, device=device)
+        _read(sample, torch.zeros(1, dtype=torch.long, device=device), sample.repeat(2, 1), -100)
+    except Exception as error:  # compilers, linkers and drivers raise what they like
+        warnings.warn(
+            f"separate_loss goes without its kernels, as Triton cannot build them here: {error}",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def _form(computed: Tensor, d: int) -> dict[str, Any]:
@@ -125,7 +146,7 @@ def _move(
         grad, features, target, centers, samples, classes, total, numbers, out,
         features.shape[0], num_classes, d, ignore_index,
         eager.RATE_PER_SAMPLE if rate is None else rate,
-        PER_SAMPLE=rate is None, PAPER=paper, START=start, **several,
+        PER_SAMPLE=rate is None, PAPER=paper, START=start, LABELS=LABELS, **several,
     )  # fmt: skip
 
 

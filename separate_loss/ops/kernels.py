@@ -188,6 +188,7 @@ def move(
     PER_SAMPLE: tl.constexpr,
     PAPER: tl.constexpr,
     START: tl.constexpr,
+    LABELS: tl.constexpr,
     TINY: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
@@ -206,19 +207,27 @@ def move(
     sums = tl.zeros((ROWS, WIDTH), ACC)
     count = tl.zeros((ROWS,), ACC)
     if tl.max(present, 0) > 0:
-        x = features + columns
-        for i in range(num_samples):
-            label = tl.load(target + i).to(tl.int64)
-            if (label >= first) & (label < first + ROWS) & (label != ignore_index):
-                cosine = tl.load(samples + i)
-                inverse_x = tl.load(samples + num_samples + i)
-                # Eq. 8 goes without the samples that are not finite: their cosines are NaN.
-                if (tl.abs(cosine) <= 1) | (not PAPER):
-                    unit = tl.load(x, inside, other=0.0).to(ACC) * inverse_x
-                    own = row == label
-                    sums += tl.where(own[:, None], unit[None, :], 0.0)
-                    count += tl.where(own, 1.0, 0.0)
-            x += d
+        chunk = features + columns
+        for start in range(0, num_samples, LABELS):
+            several = start + tl.arange(0, LABELS)
+            labels = tl.load(target + several, several < num_samples, other=ignore_index)
+            labels = labels.to(tl.int64)
+            here_too = (labels >= first) & (labels < first + ROWS) & (labels != ignore_index)
+            if tl.max(here_too.to(tl.int32), 0) > 0:
+                x = chunk
+                for i in range(start, tl.minimum(start + LABELS, num_samples)):
+                    label = tl.load(target + i).to(tl.int64)
+                    if (label >= first) & (label < first + ROWS) & (label != ignore_index):
+                        cosine = tl.load(samples + i)
+                        inverse_x = tl.load(samples + num_samples + i)
+                        # Eq. 8 goes without samples that are not finite: their cosines are NaN.
+                        if (tl.abs(cosine) <= 1) | (not PAPER):
+                            unit = tl.load(x, inside, other=0.0).to(ACC) * inverse_x
+                            own = row == label
+                            sums += tl.where(own[:, None], unit[None, :], 0.0)
+                            count += tl.where(own, 1.0, 0.0)
+                    x += d
+            chunk += LABELS * d
     c = num_classes.to(ACC)
     if PAPER:
         alpha = (tl.full((), 1, ACC) * rate).to(ACC)

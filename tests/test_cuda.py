@@ -1,0 +1,368 @@
+"""On a CUDA GPU, with compiled kernels, what the other tests show on a CPU: `make test-cuda`."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from separate_loss import SeparateLoss, SoftmaxSeparateLoss, metrics, separate_loss
+from separate_loss.functional import update_centers
+from separate_loss.ops import dispatch
+from tests.properties import REDUCTIONS, Problem, assert_equal, holds_for, problems
+
+if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "0":
+    pytest.skip(
+        "needs a CUDA GPU and kernels that are compiled for it: make test-cuda",
+        allow_module_level=True,
+    )
+
+DEVICE = "cuda"
+DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
+FORMS = ["eager", "fused"]
+if not dispatch.HAS_TRITON:
+    FORMS.remove("fused")
+CENTER_LR = 0.5
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def form(choice: str) -> Iterator[None]:
+    before, dispatch.CHOICE = dispatch.CHOICE, choice
+    try:
+        yield
+    finally:
+        dispatch.CHOICE = before
+
+
+def on_gpu(problem: Problem) -> Problem:
+    weight = None if problem.weight is None else problem.weight.to(DEVICE)
+    vectors = problem.features.to(DEVICE), problem.target.to(DEVICE), problem.centers.to(DEVICE)
+    return Problem(*vectors, weight, problem.ignore_index)
+
+
+def outcome(problem: Problem, center_lr: float | None, **options: Any) -> list[Tensor]:
+    """Loss, gradients and new centers, brought to order one."""
+    features, centers = problem.requiring_grad()
+    ignoring: Any = {"ignore_index": problem.ignore_index}
+    loss = separate_loss(
+        features, problem.target, centers, weight=problem.weight, **ignoring, **options
+    )
+    gradients = torch.autograd.grad(loss.sum(), (features, centers))
+    options.pop("reduction", None), options.pop("scale_free", None)
+    moved = update_centers(
+        features, problem.target, problem.centers, center_lr=center_lr, **ignoring, **options
+    )
+    sizes = [vectors.double().norm(dim=-1, keepdim=True) for vectors in (problem.features, centers)]
+    step = sizes[1].maximum(CENTER_LR / sizes[1]).where(sizes[1] > 0, 1)
+    found = loss, gradients[0] * sizes[0], gradients[1] * sizes[1], moved / step
+    return [one.detach().double().cpu() for one in found]
+
+
+def assert_equals_cpu(
+    problem: Problem, dtype: torch.dtype, choice: str, center_lr: float | None, **options: Any
+) -> None:
+    problem = problem.to(dtype)
+    expected = outcome(problem, center_lr, **options)
+    with form(choice):
+        found = outcome(on_gpu(problem), center_lr, **options)
+    for one, other in zip(found, expected, strict=True):
+        assert_equal(one, other.numpy(), dtype)
+
+
+@holds_for(
+    problem=problems(reach=3, least_samples=0),
+    dtype=DTYPES,
+    reduction=REDUCTIONS,
+    scale_free=st.booleans(),
+    separation=st.sampled_from(["mean", "square"]),
+)
+def test_operators_equal_those_of_a_cpu(
+    problem: Problem, dtype: torch.dtype, reduction: str, scale_free: bool, separation: str
+) -> None:
+    options: Any = {"reduction": reduction, "scale_free": scale_free, "separation": separation}
+    assert_equals_cpu(problem, dtype, "eager", CENTER_LR, **options)
+
+
+@pytest.mark.skipif("fused" not in FORMS, reason="needs Triton")
+@settings(max_examples=settings().max_examples // 3)  # each size is compiled anew
+@holds_for(
+    problem=problems(kind="indices", weighted=False, least_samples=0, most=(64, 40, 300), reach=3),
+    dtype=DTYPES,
+    scale_free=st.booleans(),
+    center_lr=st.sampled_from([None, CENTER_LR]),
+)
+def test_kernels_equal_operators_of_a_cpu(
+    problem: Problem, dtype: torch.dtype, scale_free: bool, center_lr: float | None
+) -> None:
+    assert_equals_cpu(problem, dtype, "fused", center_lr, scale_free=scale_free)
+
+
+@pytest.mark.parametrize("choice", FORMS)
+@pytest.mark.parametrize("size", [(0, 3, 2), (1, 1, 2), (7, 4_099, 3), (3_000, 100, 5_001)])
+def test_sizes(size: tuple[int, int, int], choice: str) -> None:
+    num_samples, feature_dim, num_classes = size
+    problem = Problem(
+        torch.randn(num_samples, feature_dim),
+        torch.randint(num_classes, (num_samples,)),
+        torch.randn(num_classes, feature_dim),
+        None,
+    )
+    assert_equals_cpu(problem, torch.float32, choice, CENTER_LR)
+
+
+class Trained:
+    """A small classifier in float64, its criterion and four batches."""
+
+    def __init__(self, device: str, **options: Any) -> None:
+        torch.manual_seed(1)
+        self.model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double().to(device)
+        self.criterion = SoftmaxSeparateLoss(self.model[2], **options)
+        self.optimizer = torch.optim.SGD(
+            [*self.model.parameters(), *self.criterion.parameters()], lr=0.1, momentum=0.9
+        )
+        self.batches = [
+            (torch.randn(16, 6).double().to(device), torch.randint(5, (16,)).to(device))
+            for _ in range(4)
+        ]
+
+    def step(self, features: Tensor, target: Tensor) -> Tensor:
+        loss: Tensor = self.criterion(self.model(features), target)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def run(self, step: Callable[[Tensor, Tensor], Tensor] | None = None) -> list[Tensor]:
+        losses = torch.stack([(step or self.step)(*batch) for batch in self.batches])
+        state = [*self.model.parameters(), self.criterion.separate.centers]
+        return [losses.cpu(), *(one.detach().cpu() for one in state)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("choice", FORMS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"center_update": "gradient", "center_init": torch.eye(5, 8).double()},
+        {"scale_free": True, "center_lr": 3.0},
+        {"scale_free": True, "separation": "square"},
+        {"weight": torch.tensor([1.0, 2, 3, 4, 5]).double(), "label_smoothing": 0.1},
+    ],
+)
+def test_training_equals_that_on_a_cpu(
+    options: dict[str, Any], choice: str, compiled: bool
+) -> None:
+    expected = Trained("cpu", **options).run()
+    with form(choice):
+        moved = {
+            name: value.to(DEVICE) if isinstance(value, Tensor) else value
+            for name, value in options.items()
+        }
+        trained = Trained(DEVICE, **moved)
+        if compiled:
+            trained.criterion.compile()
+        found = trained.run()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("choice", FORMS)
+def test_a_step_never_waits_for_the_device(choice: str) -> None:
+    with form(choice):
+        trained = Trained(DEVICE)
+        trained.run()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for batch in trained.batches:
+                trained.step(*batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("choice", FORMS)
+def test_steps_replayed_as_a_cuda_graph(choice: str) -> None:
+    """Captured after two steps: the first call reads the centers, and optimizers make state."""
+    with form(choice):
+        plain, trained = Trained(DEVICE), Trained(DEVICE)
+        inputs = [one.clone() for one in trained.batches[0]]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for batch in trained.batches[:2]:
+                trained.step(*batch)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        trained.optimizer.zero_grad()
+        with torch.cuda.graph(graph):
+            captured = trained.step(*inputs)
+
+        def replay(*batch: Tensor) -> Tensor:
+            for held, value in zip(inputs, batch, strict=True):
+                held.copy_(value)
+            graph.replay()
+            return captured.clone()
+
+        found = trained.run(replay)
+        for batch in plain.batches[:2]:
+            plain.step(*batch)
+        expected = plain.run()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("choice", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_with_a_scaler(dtype: torch.dtype, choice: str) -> None:
+    with form(choice):
+        trained = Trained(DEVICE, scale_free=True)
+        trained.model.float()
+        scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == torch.float16)
+        expected = Trained(DEVICE, scale_free=True).run()[0]
+        losses = []
+        for features, target in trained.batches:
+            with torch.autocast(DEVICE, dtype):
+                loss = trained.criterion(trained.model(features.float()), target)
+            trained.optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(trained.optimizer)
+            scaler.update()
+            losses.append(loss.detach().cpu().double())
+    torch.testing.assert_close(torch.stack(losses), expected, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("choice", FORMS)
+def test_runs_repeat_to_the_bit(choice: str) -> None:
+    """The kernels always; the operators under torch's deterministic algorithms."""
+    features, target = torch.randn(500, 64, device=DEVICE), torch.randint(3, (500,), device=DEVICE)
+
+    def run() -> list[Tensor]:
+        criterion = SeparateLoss(3, 64, device=DEVICE)
+        leaf = features.clone().requires_grad_()
+        loss = sum((criterion(leaf, target) for _ in range(3)), torch.zeros((), device=DEVICE))
+        loss.backward()
+        assert leaf.grad is not None
+        return [loss.detach(), leaf.grad, criterion.centers]
+
+    torch.use_deterministic_algorithms(choice == "eager")
+    try:
+        with form(choice):
+            torch.testing.assert_close(run(), run(), rtol=0, atol=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_devices_that_differ_are_refused() -> None:
+    features, target = torch.randn(4, 3, device=DEVICE), torch.tensor([0, 1, 2, 0], device=DEVICE)
+    with pytest.raises(ValueError, match="features must be on cpu, as centers is, got cuda:0"):
+        SeparateLoss(3, 3)(features, target)
+    with pytest.raises(ValueError, match="target must be on cuda:0, as features is, got cpu"):
+        SeparateLoss(3, 3, device=DEVICE)(features, target.cpu())
+
+
+def test_state_moves_between_devices() -> None:
+    trained = Trained(DEVICE)
+    trained.run()
+    other = Trained("cpu")
+    other.model.load_state_dict(trained.model.state_dict())
+    other.criterion.load_state_dict(trained.criterion.state_dict())
+    features, target = (one.cpu() for one in trained.batches[0])
+    found = other.criterion.to(DEVICE)(other.model.to(DEVICE)(features.to(DEVICE)), target.cuda())
+    torch.testing.assert_close(
+        found, trained.criterion(trained.model(features.cuda()), target.cuda())
+    )
+
+
+@holds_for(problem=problems(kind="indices", reach=3))
+def test_metrics_equal_those_of_a_cpu(problem: Problem) -> None:
+    def measured(problem: Problem) -> list[Tensor]:
+        features, target, centers = problem.features, problem.target, problem.centers
+        ignoring: Any = {"ignore_index": problem.ignore_index}
+        own = metrics.class_centers(features, target, len(centers), **ignoring)
+        statistics = metrics.ClassStatistics(*centers.shape, **ignoring, device=features.device)
+        statistics.update(features, target)
+        found = [
+            own,
+            statistics.class_centers(),
+            statistics.intra_class_similarity(reduction="none"),
+            metrics.center_agreement(centers, own, reduction="none"),
+            metrics.inter_class_similarity(centers, reduction="none"),
+            metrics.intra_class_similarity(features, target, centers, **ignoring),
+        ]
+        return [one.double().cpu() for one in found]
+
+    expected, found = measured(problem), measured(on_gpu(problem))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+def run_python(program: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("choice", FORMS)
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_out_of_range_fail_on_the_device(label: int, choice: str) -> None:
+    """In a process of its own: the assertion ends all work on the device."""
+    found = run_python(
+        "import torch, separate_loss\n"
+        "from separate_loss.ops import dispatch\n"
+        f"dispatch.CHOICE = {choice!r}\n"
+        "features = torch.randn(4, 5, device='cuda', requires_grad=True)\n"
+        f"target = torch.tensor([0, 1, 2, {label}], device='cuda')\n"
+        "criterion = separate_loss.SeparateLoss(3, 5, device='cuda')\n"
+        "criterion(features, target).backward()\n"
+        "torch.cuda.synchronize()\n"
+    )
+    assert found.returncode != 0
+    assert "assert" in found.stderr.lower()
+
+
+@pytest.mark.parametrize("choice", FORMS)
+def test_nccl_groups(choice: str) -> None:
+    """One process: what NCCL does with types, devices and shards."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = run_python(
+            "import os, torch, torch.distributed as dist\n"
+            "from separate_loss import SeparateLoss\n"
+            "from separate_loss.ops import dispatch\n"
+            "from separate_loss.sharded import ShardedSeparateLoss\n"
+            f"dispatch.CHOICE = {choice!r}\n"
+            "torch.cuda.set_device(0)\n"
+            f"dist.init_process_group('nccl', init_method='file://{folder}/store', rank=0,\n"
+            "    world_size=1)\n"
+            "features = torch.randn(64, 16, device='cuda')\n"
+            "target = torch.randint(10, (64,), device='cuda')\n"
+            "centers = torch.randn(10, 16, device='cuda')\n"
+            "losses = []\n"
+            "for make in (SeparateLoss, ShardedSeparateLoss):\n"
+            "    criterion = make(10, 16, center_init=centers, device='cuda')\n"
+            "    leaf = features.clone().requires_grad_()\n"
+            "    loss = sum(criterion(leaf, target) for _ in range(3))\n"
+            "    loss.backward()\n"
+            "    held = criterion.centers\n"
+            "    held = held.full_tensor() if hasattr(held, 'full_tensor') else held\n"
+            "    losses.append((loss.detach(), leaf.grad, held.detach()))\n"
+            "torch.testing.assert_close(*losses)\n"
+            "print('equal', flush=True)\n"
+            "os._exit(0)\n"
+        )
+    assert found.stdout.strip() == "equal", found.stderr
