@@ -168,14 +168,15 @@ def _split(faces: Faces, index: NDArray[np.int64]) -> Split:
 def mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
     """Half of the faces, drawn anew each time, left to right."""
     chosen = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
-    return torch.where(chosen, images.flip(-1), images)
+    return torch.where(chosen.to(images.device), images.flip(-1), images)
 
 
 class FaceClassifier(nn.Module):
     """Three convolutions with batch normalisation on faces at half their size, small for a CPU.
 
     Features are signed (average pooling, then a linear embedding) or non-negative (a convolution
-    of one pixel, ReLU, then average pooling, as in the paper's ResNet).
+    of one pixel, ReLU, then average pooling, as in the paper's ResNet); a neck puts BatchNorm1d
+    behind those.
     """
 
     def __init__(self, kind: FeatureKind, feature_dim: int, num_classes: int) -> None:
@@ -191,6 +192,8 @@ class FaceClassifier(nn.Module):
         else:
             pixelwise = nn.Conv2d(widths[-1], feature_dim, 1, bias=False)
             layers += [pixelwise, nn.BatchNorm2d(feature_dim), nn.ReLU(), *pool]
+        if kind == "neck":
+            layers.append(nn.BatchNorm1d(feature_dim))
         self.extractor = nn.Sequential(*layers)
         self.classifier: nn.Module = nn.Linear(feature_dim, num_classes)
         nn.utils.convert_conv2d_weight_memory_format(self, torch.channels_last)

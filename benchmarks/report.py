@@ -161,12 +161,13 @@ class Results:
 
     def save(self) -> None:
         """Writes the file; `once` does it after each measurement."""
-        content = {
-            "environment": self.environment,
-            "settings": self.settings,
-            "measured": self.measured,
-        }
-        write(self.path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        parts = {"environment": self.environment, "settings": self.settings}
+        head = json.dumps(parts, indent=1, allow_nan=False).removesuffix("\n}")
+        lines = (
+            f"{json.dumps(name)}: {json.dumps(found, allow_nan=False)}"
+            for name, found in self.measured.items()
+        )
+        write(self.path, head + ',\n "measured": {\n' + ",\n".join(lines) + "\n}}\n")
 
 
 def write(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """What timm and others need of torchvision."""
 
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 __all__ = ["complete_torchvision"]
 
 
+@cache
 def complete_torchvision() -> None:
     """Lets torchvision be imported where its compiled operators do not fit torch.
 

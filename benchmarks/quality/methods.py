@@ -1,55 +1,51 @@
-"""The losses that are compared, and what each may choose from when it is tuned."""
+"""The losses that are compared, and the weights (or margins) that each is tuned from."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from pytorch_metric_learning.losses import CosFaceLoss
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from benchmarks.baselines import BatchHardTripletLoss, CenterLoss, IslandLoss
-from benchmarks.quality.settings import PAPER_WEIGHT
-from separate_loss import SeparateLoss, functional
+from separate_loss import SeparateLoss
+
+PAPER_WEIGHT = 0.9
+# Weights that are tried next where the best so far is the first or the last.
+LADDER = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+MARGINS = (0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65)
 
 
 class Problem(NamedTuple):
     """What a loss is built for."""
 
     counts: Tensor  # of each class's training samples, (C,)
-    dim: int  # of the features
-    strength: float
+    feature_dim: int
+    weight: float
 
     @property
     def classes(self) -> int:
         return len(self.counts)
 
 
-Build = Callable[[Problem], nn.Module | None]
-
-
-COSFACE_SCALE = 16
-
-
 class Method(NamedTuple):
-    """How a loss is built, and the weights (or margins) that it is tuned from, if it is.
+    """`start` are the candidates at first, `ladder` those that may follow.
 
-    Parameters of the criterion are moved by plain SGD at `center_rate`; without one, by the
-    network's own optimizer.
+    Parameters of the criterion are moved by plain SGD at `center_rate`.
     """
 
-    build: Build
-    strengths: tuple[float, ...] = ()
-    center_rate: float | None = None
+    title: str
+    build: Callable[[Problem], nn.Module | None]
+    start: tuple[float, ...] = ()
+    ladder: tuple[float, ...] = LADDER
+    center_rate: float = 0.5
     is_head: bool = False  # takes the place of the linear layer and of softmax loss
-    inter_share: float = 1.0  # of Eq. 3
 
 
 class CosineHead(nn.Module):
     """The scaled cosines of a margin loss, as logits."""
 
-    def __init__(self, criterion: CosFaceLoss) -> None:
+    def __init__(self, criterion: Any) -> None:
         super().__init__()
         self.criterion = criterion
 
@@ -60,78 +56,52 @@ class CosineHead(nn.Module):
 
 def _cosface(problem: Problem) -> nn.Module:
     criterion: nn.Module = CosFaceLoss(
-        problem.classes, problem.dim, margin=problem.strength, scale=COSFACE_SCALE
+        problem.classes, problem.feature_dim, margin=problem.weight, scale=16
     )
     return criterion
 
 
-def _paper(problem: Problem) -> nn.Module:
-    return SeparateLoss(problem.classes, problem.dim, center_lr=10.0)
+def balance(counts: Tensor) -> Tensor:
+    """Class weights under which the classes count the same in L_intra, however few their samples."""
+    return counts.sum() / (len(counts) * counts.clamp(min=1))
 
 
-def _slow(problem: Problem) -> nn.Module:
-    return SeparateLoss(problem.classes, problem.dim, center_init="uniform", center_lr=0.01)
+def _separate(problem: Problem, *, balanced: bool = False, **options: Any) -> nn.Module:
+    if balanced:
+        options["weight"] = balance(problem.counts)
+    return SeparateLoss(problem.classes, problem.feature_dim, **options)
 
 
-def _gradient(problem: Problem) -> nn.Module:
-    return SeparateLoss(problem.classes, problem.dim, center_update="gradient")
-
-
-def balance(problem: Problem) -> Tensor:
-    """Each class pulls its center as much as any other, however few its samples are."""
-    return problem.counts.sum() / (problem.classes * problem.counts)
-
-
-def _balanced(problem: Problem) -> nn.Module:
-    weight = balance(problem)
-    return SeparateLoss(problem.classes, problem.dim, center_update="gradient", weight=weight)
-
-
-class WeakInter(nn.Module):
-    """Eq. 4 with less of Eq. 3 and with class weights; centers for an optimizer to move."""
-
-    def __init__(self, problem: Problem, share: float) -> None:
-        super().__init__()
-        self.share = share
-        self.weight = balance(problem)
-        centers = torch.randn(problem.classes, problem.dim)
-        self.centers = nn.Parameter(F.normalize(centers, dim=-1))
-
-    def forward(self, features: Tensor, target: Tensor) -> Tensor:
-        intra = functional.intra_class_loss(features, target, self.centers, weight=self.weight)
-        return intra + self.share * functional.inter_class_loss(self.centers)
-
-
-def _weak_inter(share: float, problem: Problem) -> nn.Module:
-    return WeakInter(problem, share)
-
-
-WEIGHTS = (0.1, 0.3, PAPER_WEIGHT)
-CENTER_WEIGHTS = (0.001, 0.01, 0.1)
+FREE: dict[str, Any] = {"scale_free": True}
+SQUARE: dict[str, Any] = {"scale_free": True, "separation": "square"}
+STARTS = (0.3, 1.0, 3.0)
+PAPER_STARTS = (PAPER_WEIGHT, 3.0, 10.0)
 
 METHODS: dict[str, Method] = {
-    "softmax": Method(lambda _: None),
-    "center": Method(lambda it: CenterLoss(it.classes, it.dim), CENTER_WEIGHTS, center_rate=0.5),
-    "island": Method(lambda it: IslandLoss(it.classes, it.dim), CENTER_WEIGHTS, center_rate=0.5),
-    "triplet": Method(lambda _: BatchHardTripletLoss(), (0.03, 0.1, 0.3)),
-    "cosface": Method(_cosface, (0.1, 0.2, 0.35), is_head=True),
-    "separate": Method(_paper, WEIGHTS),
-    "gradient": Method(_gradient, WEIGHTS, center_rate=1.0),
-    "balanced": Method(_balanced, center_rate=1.0),
-    "slow": Method(_slow),
-}
-# The same, with centers moved otherwise: by SGD at another rate, or in the network's optimizer.
-CENTER_RATES: dict[str, float | None] = {"SGD 0.1": 0.1, "SGD 10": 10.0, "Adam": None}
-METHODS |= {
-    f"gradient, {label}": Method(_gradient, center_rate=rate)
-    for label, rate in CENTER_RATES.items()
-}
-
-# The same with less of Eq. 3, down to where centers cease to push.
-INTER_SHARES = (0.3, 0.5, 0.7)
-METHODS |= {
-    f"balanced, inter x {share}": Method(
-        partial(_weak_inter, share), center_rate=1.0, inter_share=share
-    )
-    for share in INTER_SHARES
+    "softmax": Method("softmax loss", lambda _: None),
+    "center": Method(
+        "+ center loss", lambda it: CenterLoss(it.classes, it.feature_dim), (0.03, 0.1, 0.3)
+    ),
+    "island": Method(
+        "+ island loss", lambda it: IslandLoss(it.classes, it.feature_dim), (0.003, 0.01, 0.03)
+    ),
+    "triplet": Method("+ batch-hard triplet", lambda _: BatchHardTripletLoss(), (0.03, 0.1, 0.3)),
+    "cosface": Method("CosFace", _cosface, (0.1, 0.2, 0.35), MARGINS, is_head=True),
+    "paper": Method(
+        "+ separate, paper's form",
+        _separate,
+        PAPER_STARTS,
+        (0.1, 0.3, *PAPER_STARTS, 30.0, 100.0),
+    ),
+    "free": Method("+ separate, `scale_free`", partial(_separate, **FREE), STARTS),
+    "square": Method('+ separate, `scale_free`, `"square"`', partial(_separate, **SQUARE), STARTS),
+    "balanced": Method(
+        "the same, class weights", partial(_separate, balanced=True, **SQUARE), STARTS
+    ),
+    "gradient": Method(
+        "the same, centers by SGD at 3",
+        partial(_separate, center_update="gradient", **SQUARE),
+        STARTS,
+        center_rate=3.0,
+    ),
 }

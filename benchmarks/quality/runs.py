@@ -1,173 +1,175 @@
 """One training, from its setting to its figures."""
 
 import math
-import time
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from benchmarks import digits, faces, training
-from benchmarks.faces import Parts
+from benchmarks import training
+from benchmarks.quality.data import DATA, DataSet, Place
 from benchmarks.quality.methods import METHODS, CosineHead, Method, Problem
-from benchmarks.quality.settings import DataName, Setting
-from benchmarks.training import Loss, Split, Trained
+from benchmarks.training import FeatureKind, Loss, Split
 from separate_loss import metrics
 
-LABELS_PER_CLASS = 10  # of the digits
-POINTS = 10  # of a run's course, about
-COURSE = ("epoch", "agreement")
+BINS = 15  # of the calibration error
+# In the order in which they are stored; percentages, mean cosines, and the norm.
+FIGURES = (
+    "accuracy",
+    "recall",  # mean over the classes
+    "calibration",  # error
+    "intra",  # of features to their class means
+    "inter",  # between class means
+    "closest",  # two of these
+    "norm",
+    "agreement",  # of learned centers with class means
+    "agreement_lowest",  # of any class
+    "nearest",  # accuracy of the nearest learned center
+    "train_accuracy",
+)
+Figures = Mapping[str, float | None]
 
 
-class Source(NamedTuple):
-    """Where faces are, and how many of them to train on."""
+@dataclass(frozen=True)
+class Setting:
+    """What decides the outcome; `weight` is that of the method's loss, or its margin."""
 
-    path: Path | None
-    most: int
+    data: str
+    kind: FeatureKind
+    method: str
+    weight: float
+    rate: float  # of the network, the highest of its schedule
+    seed: int
+    epochs: int
+    batch_size: int
+    tuning: bool = False  # measured on the part to tune on, not on the one to report
+    scale: float = 1.0  # of the features
+    brief: bool = False  # of its figures the accuracy is wanted alone
 
-
-@lru_cache(maxsize=1)
-def _faces(source: Source) -> Parts:
-    if source.path is None:
-        raise ValueError("no path of faces")
-    return faces.parts(faces.load(source.path), source.most)
-
-
-@lru_cache(maxsize=1)
-def _digits() -> tuple[Split, Split]:
-    return digits.load_split(0)
-
-
-def parts(data: DataName, source: Source, seed: int) -> Parts:
-    """Training, tuning and test images; of the digits, the seed draws the few to train on."""
-    if data == "faces":
-        return _faces(source)
-    half, test = _digits()
-    chosen, others = train_test_split(
-        torch.arange(len(half.labels)),
-        train_size=LABELS_PER_CLASS * digits.NUM_CLASSES,
-        random_state=seed,
-        stratify=half.labels,
-    )
-    few, rest = (Split(half.images[rows], half.labels[rows]) for rows in (chosen, others))
-    return Parts(few, rest, test, [str(digit) for digit in range(digits.NUM_CLASSES)])
+    def key(self) -> str:
+        """A name that says it all, but for how much is wanted."""
+        words = [
+            f"{self.data}, {self.kind}: {self.method} {self.weight:g}",
+            f"rate {self.rate:g}, {self.epochs} epochs of {self.batch_size}, seed {self.seed}",
+        ]
+        if self.scale != 1:
+            words.append(f"scale {self.scale:g}")
+        return ", ".join([*words, *(["tuning"] if self.tuning else [])])
 
 
-def run(setting: Setting, source: Source) -> tuple[dict[str, Any], Trained]:
-    """Trains once, on one thread; gives the figures as JSON takes them, and what was trained."""
+def run(setting: Setting, place: Place, device: str, quick: bool = False) -> list[float | None]:
+    """Trains once, on one thread; gives the figures in their order, as many as are wanted."""
     torch.set_num_threads(1)
-    began = time.perf_counter()
-    data = parts(setting.data, source, setting.seed)
-    seen, measured = data.training, data.tuning if setting.tuning else data.test
-    classes = len(data.class_names)
-    method = METHODS[setting.method]
+    data, method = DATA[setting.data], METHODS[setting.method]
+    sides = data.sides(place, setting.seed, setting.tuning)
+    seen, measured = (Split(*(part.to(device) for part in side)) for side in sides)
+    if quick:
+        seen = Split(*(part[:400] for part in seen))
+    classes = data.classes(place)
     torch.manual_seed(setting.seed)
-    model = _network(setting, classes)
-    counts = seen.labels.bincount(minlength=classes)
-    criterion = method.build(Problem(counts, setting.feature_dim, setting.strength))
+    model = data.network(place, setting.kind, classes, setting.scale).to(device)
+    counts = seen.labels.bincount(minlength=classes).to(device)
+    criterion = method.build(Problem(counts, data.feature_dim, setting.weight))
+    if criterion is not None:
+        criterion.to(device)
     if method.is_head:
         model.classifier = CosineHead(criterion)
-    total = setting.epochs * math.ceil(len(seen.labels) / setting.batch_size)
-    moving, schedule = optimizers(model, criterion, method, setting.rate, total)
-    steps = training.train(
+    steps = setting.epochs * math.ceil(len(seen.labels) / setting.batch_size)
+    moving, schedule = optimizers(model, criterion, data, method, setting.rate, steps)
+    for _ in training.train(
         model,
         seen,
-        objective(criterion, method, setting.strength),
+        objective(criterion, method, setting.weight),
         moving,
         epochs=setting.epochs,
         batch_size=setting.batch_size,
         seed=setting.seed,
         schedule=schedule,
-        augment=faces.mirrored if setting.data == "faces" else None,
-    )
-    course: dict[str, list[Any]] = {}
-    every = max(1, setting.epochs // POINTS)
-    for epoch in steps:
-        if (epoch + 1) % every and epoch + 1 < setting.epochs:
-            continue
-        trained = training.evaluate(model, measured, _centers(criterion), classes)
-        for name, value in {"epoch": epoch + 1, **_figures(trained)}.items():
-            course.setdefault(name, []).append(value)
-    record = {
-        **{name: values[-1] for name, values in course.items() if name != "epoch"},
-        "seconds": round(time.perf_counter() - began, 1),
-        "agreements": _agreements(trained),
-        "course": {name: course[name] for name in COURSE},
-        "confusion": _confusion(measured.labels, trained.predicted, classes),
-    }
-    return record, trained
+        augment=data.augment,
+    ):
+        pass
+    centers = getattr(criterion, "centers", None)
+    found = figures(model, measured, centers, classes)
+    if setting.brief:
+        return [found["accuracy"]]
+    trained = figures(model, seen, centers, classes)
+    return [{**found, "train_accuracy": trained["accuracy"]}[name] for name in FIGURES]
 
 
-def record(setting: Setting, source: Source, detailed: bool) -> dict[str, Any]:
-    """The figures of a run, for a worker process; in detail also by class and by epoch."""
-    found = run(setting, source)[0]
-    if not detailed:
-        for name in ("agreements", "course", "confusion"):
-            del found[name]
-    return found
-
-
-def _network(setting: Setting, classes: int) -> nn.Module:
-    if setting.data == "faces":
-        return faces.FaceClassifier(setting.kind, setting.feature_dim, classes)
-    return digits.DigitClassifier(setting.kind)
-
-
-def objective(criterion: nn.Module | None, method: Method, strength: float) -> Loss:
+def objective(criterion: nn.Module | None, method: Method, weight: float) -> Loss:
     """What is minimised: the head's loss, or softmax loss and the criterion's beside it."""
     if method.is_head and criterion is not None:
         return lambda features, _, labels: criterion(features, labels)
-    return training.joint(criterion, strength)
+    return training.joint(criterion, weight)
 
 
 def optimizers(
-    model: nn.Module, criterion: nn.Module | None, method: Method, rate: float, total: int
+    model: nn.Module,
+    criterion: nn.Module | None,
+    data: DataSet,
+    method: Method,
+    rate: float,
+    steps: int,
 ) -> tuple[list[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]:
-    """Adam in one cycle for the network; SGD at a constant rate for centers that have one."""
-    extra = [] if criterion is None or method.is_head else list(criterion.parameters())
-    inside = extra if method.center_rate is None else []
-    adam = torch.optim.AdamW([*model.parameters(), *inside], weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=total)
-    moving: list[torch.optim.Optimizer] = [adam]
-    if extra and method.center_rate is not None:
-        moving.append(torch.optim.SGD(extra, lr=method.center_rate))
-    return moving, schedule
+    """AdamW in one cycle or SGD along a cosine for the network; SGD for centers that are learned."""
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    of_model: torch.optim.Optimizer
+    if data.optimizer == "adam":
+        of_model = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(of_model, rate, total_steps=steps)
+    else:
+        of_model = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(of_model, steps)
+    centers = [] if criterion is None or method.is_head else list(criterion.parameters())
+    if centers:
+        return [of_model, torch.optim.SGD(centers, lr=method.center_rate)], schedule
+    return [of_model], schedule
 
 
-def _centers(criterion: nn.Module | None) -> Tensor | None:
-    centers = getattr(criterion, "centers", None)
-    return centers if isinstance(centers, Tensor) else None
-
-
-def _figures(trained: Trained) -> dict[str, float | None]:
-    """The paper's Table 1, and what tells why: all None that there is no learned center for."""
-    found: dict[str, float | None] = dict(trained.figures._asdict())
-    found |= dict.fromkeys(("agreement", "agreement_lowest", "inter_learned", "center_sum"))
-    if trained.centers is not None:
+@torch.no_grad()
+def figures(model: nn.Module, data: Split, centers: Tensor | None, classes: int) -> Figures:
+    """What is reported of a trained model, on `data`; None that there is no learned center for."""
+    model.eval()
+    outputs = [model(images) for images in data.images.split(500)]
+    features, logits = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    labels = data.labels
+    means = metrics.class_centers(features, labels, classes)
+    cosines = torch.nn.functional.normalize(means, dim=-1)
+    between = (cosines @ cosines.mT).fill_diagonal_(-1)
+    right = logits.argmax(-1) == labels
+    recalls = [right[labels == label].double().mean() for label in labels.unique()]
+    found: dict[str, Tensor | None] = {
+        "accuracy": 100 * right.double().mean(),
+        "recall": 100 * torch.stack(recalls).mean(),
+        "calibration": 100 * calibration_error(logits, right),
+        "intra": metrics.intra_class_similarity(features, labels, means),
+        "inter": metrics.inter_class_similarity(means),
+        "closest": between.max(),
+        "norm": features.norm(dim=-1).mean(),
+        "agreement": None,
+        "agreement_lowest": None,
+        "nearest": None,
+    }
+    if centers is not None:
+        agreements = metrics.center_agreement(centers.detach(), means, reduction="none")
+        known = agreements[~agreements.isnan()]
+        nearest = metrics.nearest_center(features, centers.detach())
+        assert isinstance(nearest, Tensor)
         found |= {
-            "agreement": trained.figures.agreement,
-            "agreement_lowest": min(_agreements(trained)),
-            "inter_learned": metrics.inter_class_similarity(trained.centers).item(),
-            "center_sum": F.normalize(trained.centers, dim=-1).sum(0).norm().item(),
+            "agreement": known.mean(),
+            "agreement_lowest": known.min(),
+            "nearest": 100 * (nearest == labels).double().mean(),
         }
-    return {name: None if value is None else round(value, 4) for name, value in found.items()}
+    return {
+        name: None if value is None or not value.isfinite() else float(f"{float(value):.4g}")
+        for name, value in found.items()
+    }
 
 
-def _agreements(trained: Trained) -> list[float]:
-    """Of each class that the measured part has samples of; none without learned centers."""
-    if trained.centers is None:
-        return []
-    means = metrics.class_centers(trained.features, trained.labels, len(trained.centers))
-    agreements = metrics.center_agreement(trained.centers, means, reduction="none")
-    return [round(agreement, 4) for agreement in agreements.tolist() if not math.isnan(agreement)]
-
-
-def _confusion(labels: Tensor, predicted: Tensor, classes: int) -> list[list[int]]:
-    """Counts, a row for each true class."""
-    counts = torch.bincount(labels * classes + predicted, minlength=classes**2)
-    rows: list[list[int]] = counts.reshape(classes, classes).tolist()
-    return rows
+def calibration_error(logits: Tensor, right: Tensor) -> Tensor:
+    """How far the confidence is from the share of right answers, over bins of it (ECE)."""
+    confidence = logits.double().softmax(-1).amax(-1)
+    place = (confidence * BINS).long().clamp(max=BINS - 1)
+    sums = confidence.new_zeros(BINS).index_add_(0, place, confidence - right.double())
+    return sums.abs().sum() / len(logits)

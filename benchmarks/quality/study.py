@@ -1,188 +1,255 @@
-"""Which runs there are, and which of them belong to what is shown."""
+"""Which trainings there are, what is chosen on the tuning parts, and what the figures decide."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from benchmarks.quality.methods import METHODS
-from benchmarks.quality.settings import (
-    BATCH_SIZE,
-    FEATURE_DIM,
-    KINDS,
-    PAPER_WEIGHT,
-    RATES,
-    DataName,
-    Scale,
-    Setting,
-)
+from benchmarks.quality.data import DATA
+from benchmarks.quality.methods import METHODS, PAPER_WEIGHT, STARTS
+from benchmarks.quality.runs import FIGURES, Figures, Setting
+from benchmarks.quality.statistics import Interval, paired
 from benchmarks.training import FeatureKind
 
-Record = Mapping[str, Any]
-Measure = Callable[[Iterable[Setting], bool], Mapping[Setting, Record]]
+Measure = Callable[[Iterable[Setting]], None]
 
 
 class Row(NamedTuple):
-    """A line of the main table: a method with its tuned strength, or with the one given."""
+    """A line of a table: a method with its tuned weight, or with the one given."""
 
-    title: str
     method: str
-    strength: float | None = None
+    weight: float | None = None
+
+    @property
+    def title(self) -> str:
+        return METHODS[self.method].title
+
+    @property
+    def tuned(self) -> bool:
+        return self.weight is None and bool(METHODS[self.method].start)
 
 
+SOFTMAX, CENTER, PAPER = Row("softmax"), Row("center"), Row("paper", PAPER_WEIGHT)
+FREE, SQUARE = (tuple(Row(method, weight) for weight in STARTS) for method in ("free", "square"))
 ROWS = (
-    Row("softmax loss", "softmax"),
-    Row("+ center loss", "center"),
-    Row("+ island loss", "island"),
-    Row("+ triplet loss, batch-hard", "triplet"),
-    Row("CosFace head", "cosface"),
-    Row("+ separate, defaults", "separate", PAPER_WEIGHT),
-    Row("+ separate, weight tuned", "separate"),
-    Row('+ separate, `"gradient"`, weight tuned', "gradient"),
-    Row('+ separate, `"gradient"`, class weights', "balanced", PAPER_WEIGHT),
-    Row('+ separate, `"gradient"`, class weights, half of Eq. 3', "balanced, inter x 0.5", 2.0),
-    Row("+ separate, U(0, 1), `center_lr=0.01`", "slow", PAPER_WEIGHT),
+    SOFTMAX,
+    CENTER,
+    Row("island"),
+    Row("triplet"),
+    Row("cosface"),
+    PAPER,
+    Row("paper"),
+    *FREE,
+    Row("free"),
+    *SQUARE,
+    Row("square"),
+    Row("balanced"),
 )
-SOFTMAX, DEFAULTS, BALANCED, SLOW = ROWS[0], ROWS[5], ROWS[8], ROWS[-1]
-SEPARATE = ROWS[5:]
-PICTURED = (SOFTMAX, DEFAULTS, BALANCED)
-BATCH_METHODS = ("softmax", "separate", "gradient", "balanced")
-OTHER_METHODS = tuple(name for name in METHODS if "," in name)  # centers moved otherwise
-SIZE_METHODS = ("softmax", "separate")
+GRADIENT = Row("gradient")
+GRADIENT_DATA = "few"
+# The norm sweep: data, scales of the features, sizes of the batches, seeds.
+SWEEP_DATA, SWEEP_SEEDS = "digits", 5
+SCALES, BATCH_SIZES = (0.01, 0.1, 1.0, 10.0, 100.0), (16, 256)
+SWEEP_KINDS: tuple[FeatureKind, ...] = ("signed", "non-negative")
+SWEEP_ROWS = (SOFTMAX, PAPER, FREE[1], SQUARE[1])
 
 
-@dataclass
 class Study:
-    """What was chosen on the tuning part, and every run's figures."""
+    """The trainings of one data set.
 
-    scale: Scale
-    data: tuple[DataName, ...]
-    measure: Measure
-    class_names: dict[DataName, list[str]]
-    rates: dict[tuple[DataName, FeatureKind], float] = field(default_factory=dict)
-    strengths: dict[tuple[DataName, FeatureKind, str], float] = field(default_factory=dict)
-    found: dict[Setting, Record] = field(default_factory=dict)
+    Args:
+        name: of the data set.
+        found: figures by the key of their setting; `measure` adds to them.
+        measure: trains what `found` lacks.
+        quick: two seeds, a few samples and epochs.
+    """
 
-    def settings(
-        self, data: DataName, kind: FeatureKind, method: str, seeds: int, **changes: Any
-    ) -> list[Setting]:
-        """One for each seed: the paper's weight and the usual, but for the changes."""
-        usual: dict[str, Any] = {
-            "strength": PAPER_WEIGHT,
-            "rate": self.rates.get((data, kind)),
-            "epochs": self.scale.epochs[data],
-            "batch_size": BATCH_SIZE[data],
-            "feature_dim": FEATURE_DIM[data],
-        }
-        if method == "softmax":
-            changes["strength"] = 0.0
-        usual |= changes
-        return [Setting(data, kind, method, seed=seed, **usual) for seed in range(seeds)]
+    def __init__(
+        self,
+        name: str,
+        found: Mapping[str, Sequence[float | None]],
+        measure: Measure,
+        *,
+        quick: bool = False,
+    ) -> None:
+        self.name, self.data, self.found, self.measure = name, DATA[name], found, measure
+        self.quick = quick
+        self.seeds, self.tuning_seeds = self.data.seeds, self.data.tuning_seeds
+        self.epochs = self.data.epochs
+        if quick:
+            self.seeds, self.tuning_seeds, self.epochs = 2, 1, min(5, self.epochs)
+        self.rates: dict[FeatureKind, float] = {}
+        self.weights: dict[tuple[FeatureKind, str], float] = {}
+        # Accuracies on the tuning part by weight.
+        self.tried: dict[tuple[FeatureKind, str], dict[float, float]] = {}
 
-    def records(
-        self, data: DataName, kind: FeatureKind, method: str, seeds: int, **changes: Any
-    ) -> list[Record]:
-        """Figures of what `settings` gives."""
-        return [self.found[one] for one in self.settings(data, kind, method, seeds, **changes)]
+    @property
+    def kinds(self) -> Sequence[FeatureKind]:
+        return self.data.kinds
 
-    def row_settings(self, data: DataName, kind: FeatureKind, row: Row) -> list[Setting]:
-        """One for each seed of the main table."""
-        strength = row.strength
-        if strength is None:
-            strength = self.strengths.get((data, kind, row.method), 0.0)
-        seeds = self.scale.seeds[data]
-        return self.settings(data, kind, row.method, seeds, strength=strength)
-
-    def row(self, data: DataName, kind: FeatureKind, row: Row) -> list[Record]:
-        """Figures of a line of the main table, for all seeds."""
-        return [self.found[one] for one in self.row_settings(data, kind, row)]
-
-    def tune(self) -> None:
-        """Softmax loss chooses the rate for all, then each method its weight or margin."""
-        places = list(product(self.data, KINDS))
-        candidates = {
-            (data, kind, rate): self.tuning(data, kind, "softmax", rate=rate)
-            for (data, kind), rate in product(places, RATES)
-        }
-        self._run(candidates.values())
-        for data, kind in places:
-            self.rates[data, kind] = max(
-                RATES, key=lambda rate: self.accuracy(candidates[data, kind, rate])
-            )
-        tuned = [name for name, method in METHODS.items() if method.strengths]
-        choices = {
-            (data, kind, name, strength): self.tuning(data, kind, name, strength=strength)
-            for (data, kind), name in product(places, tuned)
-            for strength in METHODS[name].strengths
-        }
-        self._run(choices.values())
-        for (data, kind), name in product(places, tuned):
-            self.strengths[data, kind, name] = max(
-                METHODS[name].strengths,
-                key=lambda strength: self.accuracy(choices[data, kind, name, strength]),
-            )
-
-    def tuning(
-        self, data: DataName, kind: FeatureKind, method: str, **changes: Any
-    ) -> list[Setting]:
-        """Runs of a candidate, measured on the tuning part."""
-        seeds = self.scale.tuning_seeds[data]
-        return self.settings(data, kind, method, seeds, tuning=True, **changes)
-
-    def accuracy(self, settings: Iterable[Setting]) -> float:
-        """The mean over runs that were measured."""
-        return fmean(self.found[setting]["accuracy"] for setting in settings)
+    @property
+    def rows(self) -> Sequence[Row]:
+        rows = [row for row in ROWS if row.method not in self.data.left_out]
+        return [*rows, GRADIENT] if self.name == GRADIENT_DATA else rows
 
     def run(self) -> None:
-        """All that is reported."""
-        self._run(self._main(), detailed=True)
-        self._run([*self._weights(), *self._sizes(), *self._batches()])
-
-    def _run(self, groups: Iterable[list[Setting]], *, detailed: bool = False) -> None:
-        settings = dict.fromkeys(setting for group in groups for setting in group)
-        missing = [setting for setting in settings if setting not in self.found]
-        self.found |= self.measure(missing, detailed)
-
-    def _main(self) -> Iterator[list[Setting]]:
-        for data, kind, row in product(self.data, KINDS, ROWS):
-            yield self.row_settings(data, kind, row)
-
-    def _weights(self) -> Iterator[list[Setting]]:
-        for data, kind, weight in product(self.data, KINDS, self.scale.weights):
-            seeds = self.scale.sweep_seeds[data]
-            yield self.settings(data, kind, "separate", seeds, strength=weight)
-
-    def _sizes(self) -> Iterator[list[Setting]]:
-        if "faces" in self.data:
-            for kind, method, dim in product(KINDS, SIZE_METHODS, self.scale.feature_dims):
-                seeds = self.scale.sweep_seeds["faces"]
-                yield self.settings("faces", kind, method, seeds, feature_dim=dim)
-
-    def _batches(self) -> Iterator[list[Setting]]:
-        if "faces" in self.data:
-            for kind, (method, size) in product(KINDS, self.batch_places()):
-                seeds = self.batch_seeds(method)
-                yield self.settings("faces", kind, method, seeds, batch_size=size)
-
-    def batch_places(self) -> list[tuple[str, int]]:
-        """Methods and batch sizes where it is shown how centers settle."""
-        usual = BATCH_SIZE["faces"]
-        sizes = sorted({*self.scale.batch_sizes, usual})
-        return [
-            *((method, size) for size in sizes for method in BATCH_METHODS),
-            *((method, usual) for method in OTHER_METHODS),
-        ]
-
-    def batch_seeds(self, method: str) -> int:
-        """Of such a place."""
-        return (
-            self.scale.batch_seeds if method in BATCH_METHODS else self.scale.sweep_seeds["faces"]
+        """Tunes, and trains what is reported."""
+        self._tune_rates()
+        self._tune_weights()
+        reported = [self.settings(kind, row) for kind, row in product(self.kinds, self.rows)]
+        self.measure(setting for settings in reported for setting in settings)
+        self.measure(
+            setting for place in self.sweep_places() for setting in self.sweep_settings(*place)
         )
 
-    def pictured(self) -> list[Setting]:
-        """Runs whose feature spaces are drawn."""
+    def settings(self, kind: FeatureKind, row: Row) -> list[Setting]:
+        """One for each seed."""
+        weight = self.weights[kind, row.method] if row.tuned else row.weight or 0.0
+        return [self._setting(kind, row.method, weight, seed) for seed in range(self.seeds)]
+
+    def figures(self, kind: FeatureKind, row: Row) -> list[Figures]:
+        """Of a line of the table, for all seeds."""
+        found = (self.found[setting.key()] for setting in self.settings(kind, row))
+        return [dict(zip(FIGURES, values, strict=True)) for values in found]
+
+    def difference(self, kind: FeatureKind, row: Row, other: Row, what: str) -> Interval:
+        """Of a figure, paired by seed."""
+        first, second = (
+            [figures[what] or 0.0 for figures in self.figures(kind, one)] for one in (row, other)
+        )
+        return paired(first, second)
+
+    def sweep_places(self) -> list[tuple[FeatureKind, float, int, Row]]:
+        if self.name != SWEEP_DATA:
+            return []
+        sizes, scales = (BATCH_SIZES[-1:], SCALES[::4]) if self.quick else (BATCH_SIZES, SCALES)
+        return list(product(SWEEP_KINDS, scales, sizes, SWEEP_ROWS))
+
+    def sweep_settings(
+        self, kind: FeatureKind, scale: float, batch_size: int, row: Row
+    ) -> list[Setting]:
+        """One for each seed, at a scale of the features and a size of the batches."""
+        seeds = range(min(self.seeds, SWEEP_SEEDS))
         return [
-            self.row_settings(data, kind, row)[0]
-            for data, kind, row in product(self.data, KINDS, PICTURED)
+            self._setting(
+                kind,
+                row.method,
+                row.weight or 0.0,
+                seed,
+                scale=scale,
+                batch_size=batch_size,
+                brief=True,
+            )
+            for seed in seeds
         ]
+
+    def sweep(self, kind: FeatureKind, scale: float, batch_size: int, row: Row) -> list[float]:
+        """Accuracies there."""
+        settings = self.sweep_settings(kind, scale, batch_size, row)
+        return [self._accuracy([setting]) for setting in settings]
+
+    def _setting(
+        self, kind: FeatureKind, method: str, weight: float, seed: int, **changes: Any
+    ) -> Setting:
+        values: dict[str, Any] = {
+            "rate": self.rates.get(kind),
+            "epochs": self.epochs,
+            "batch_size": self.data.batch_size,
+            **changes,
+        }
+        return Setting(self.name, kind, method, weight, seed=seed, **values)
+
+    def _candidate(
+        self, kind: FeatureKind, method: str, weight: float, **changes: Any
+    ) -> list[Setting]:
+        # Seeds that no reported run has: the part to tune on may be reported by another seed.
+        seeds = range(100, 100 + self.tuning_seeds)
+        return [
+            self._setting(kind, method, weight, seed, tuning=True, brief=True, **changes)
+            for seed in seeds
+        ]
+
+    def _accuracy(self, settings: Iterable[Setting]) -> float:
+        return fmean(self.found[setting.key()][0] or 0.0 for setting in settings)
+
+    def _tune_rates(self) -> None:
+        """Softmax loss alone chooses the network's rate for all methods."""
+        if len(self.data.rates) == 1:
+            self.rates = dict.fromkeys(self.kinds, self.data.rates[0])
+            return
+        tried = {
+            (kind, rate): self._candidate(kind, "softmax", 0.0, rate=rate)
+            for kind, rate in product(self.kinds, self.data.rates)
+        }
+        self.measure(setting for settings in tried.values() for setting in settings)
+        for kind in self.kinds:
+            scores = {rate: self._accuracy(tried[kind, rate]) for rate in self.data.rates}
+            self.rates[kind] = max(scores, key=scores.__getitem__)
+
+    def _tune_weights(self) -> None:
+        """Each method its weight: a range is extended as long as its best is the first or last."""
+        methods = dict.fromkeys(row.method for row in self.rows if METHODS[row.method].start)
+        ranges = {
+            (kind, method): METHODS[method].start for kind, method in product(self.kinds, methods)
+        }
+        while True:
+            tried = {
+                (place, weight): self._candidate(*place, weight)
+                for place, weights in ranges.items()
+                for weight in weights
+            }
+            self.measure(setting for settings in tried.values() for setting in settings)
+            grown = {}
+            for place, weights in ranges.items():
+                scores = {weight: self._accuracy(tried[place, weight]) for weight in weights}
+                best = max(scores, key=scores.__getitem__)
+                self.tried[place], self.weights[place] = scores, best
+                ladder = METHODS[place[1]].ladder
+                first, last = ladder.index(weights[0]), ladder.index(weights[-1])
+                first -= best == weights[0] and first > 0
+                last += best == weights[-1] and last + 1 < len(ladder)
+                grown[place] = ladder[first : last + 1]
+            if grown == ranges or self.quick:
+                return
+            ranges = grown
+
+
+def default_weight(studies: Sequence[Study], method: str) -> float:
+    """The one weight of all data and features whose mean accuracy on the tuning parts is best."""
+    return max(
+        STARTS,
+        key=lambda weight: fmean(
+            study.tried[kind, method][weight] for study in studies for kind in study.kinds
+        ),
+    )
+
+
+class Verdict(NamedTuple):
+    """What the rule for the defaults found."""
+
+    worse: list[str]  # places where the interval beside the lesser form is below zero
+    better: list[str]  # places where that beside softmax loss is above zero
+    fallen: list[str]  # cells of the norm sweep two deviations below softmax loss
+
+    @property
+    def holds(self) -> bool:
+        return not self.worse and len(self.better) >= 2 and not self.fallen
+
+
+def judge(studies: Sequence[Study], row: Row, lesser: Row) -> Verdict:
+    """The rule, for a form of the loss beside a lesser one."""
+    worse, better, fallen = [], [], []
+    for study in studies:
+        for kind in study.kinds:
+            place = f"{study.name}, {kind}"
+            if study.difference(kind, row, lesser, "accuracy").high < 0:
+                worse.append(place)
+            if study.difference(kind, row, SOFTMAX, "accuracy").low > 0:
+                better.append(place)
+        cells = dict.fromkeys(place[:3] for place in study.sweep_places())
+        for kind, scale, size in cells:
+            swept = next(one for one in SWEEP_ROWS if one.method == row.method)
+            ours, softmax = (study.sweep(kind, scale, size, one) for one in (swept, SOFTMAX))
+            if fmean(ours) < fmean(softmax) - 2 * max(stdev(softmax), stdev(ours)):
+                fallen.append(f"{kind}, scale {scale:g}, batches of {size}")
+    return Verdict(worse, better, fallen)

@@ -31,7 +31,6 @@ PACKAGES = (
     "urllib",
     "wsgiref",
 )
-UNKNOWN = ("tkinter", "xml")  # never trained on
 LINES = 20
 HASHED = 2048
 SIDES = ("training", "test", "tuning", "training", "test")  # of files, in turn
@@ -41,7 +40,6 @@ class Texts(NamedTuple):
     training: Split
     tuning: Split
     test: Split
-    unknown: dict[str, Tensor]  # of each package that is held out
     class_names: list[str]
 
 
@@ -58,18 +56,10 @@ def load() -> Texts:
             here = list(chunks(paths[place]))
             texts += here
             labels += [label] * len(here)
-    unknown = {
-        name: [chunk for path in files(library / name) for chunk in chunks(path)]
-        for name in UNKNOWN
-    }
     sides = {
         side: Split(_hashed(texts), torch.tensor(labels)) for side, (texts, labels) in found.items()
     }
-    return Texts(
-        **sides,
-        unknown={name: _hashed(texts) for name, texts in unknown.items() if texts},
-        class_names=names,
-    )
+    return Texts(**sides, class_names=names)
 
 
 def files(package: Path) -> list[Path]:
@@ -95,12 +85,19 @@ def _hashed(texts: list[str]) -> Tensor:
 
 
 class TextClassifier(nn.Module):
-    """A hidden layer, then signed features (linear) or non-negative ones (after ReLU)."""
+    """A hidden layer, then signed features (linear) or non-negative ones (after ReLU).
+
+    A neck puts BatchNorm1d behind those.
+    """
 
     def __init__(self, kind: FeatureKind, feature_dim: int, num_classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Linear(HASHED, 128), nn.ReLU(), nn.Linear(128, feature_dim)]
-        self.extractor = nn.Sequential(*layers, *([] if kind == "signed" else [nn.ReLU()]))
+        if kind != "signed":
+            layers.append(nn.ReLU())
+        if kind == "neck":
+            layers.append(nn.BatchNorm1d(feature_dim))
+        self.extractor = nn.Sequential(*layers)
         self.classifier: nn.Module = nn.Linear(feature_dim, num_classes)
 
     def forward(self, texts: Tensor) -> tuple[Tensor, Tensor]:
