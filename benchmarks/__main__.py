@@ -6,10 +6,8 @@ from importlib import import_module
 COMMANDS = {
     "speed": "what a step costs, beside other losses and beside what no step can go under",
     "scale": "how time and memory grow with classes and samples",
-    "quality": "whether it helps: accuracy, compactness, separation",
-    "beyond": "whether another separation than Eq. 3 helps more",
+    "quality": "whether it helps: accuracy, compactness, separation, size of the features",
     "course": "a picture of classes coming together and apart over training",
-    "forms": "the paper's form of the loss beside the others, on digits",
     "retrieval": "classes that were not trained on, found by cosine",
     "rate": "how soon centers follow classes whose means have changed",
     "heads": "which models of timm work with one line",

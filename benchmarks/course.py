@@ -14,19 +14,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.demo import BATCH_SIZE, METHODS, SEPARATE_WEIGHT
-from benchmarks.digits import FEATURE_DIM, DigitClassifier, load_split, train
-from benchmarks.training import Split, Trained, evaluate
-from separate_loss import SeparateLoss, metrics
+from benchmarks import demo
+from benchmarks.demo import Trained, trained
+from benchmarks.digits import load_split
+from benchmarks.quality.data import Sides
+from benchmarks.quality.methods import WEIGHT
+from benchmarks.quality.runs import start
+from benchmarks.samples import Split
+from separate_loss import metrics
 
 __all__ = ["main"]
 
 EPOCHS = (0, 1, 3, 30)
 # Three that softmax loss leaves close.
 DIGITS = (2, 3, 8)
+METHODS = {"softmax": "softmax loss", "square": f"softmax + {WEIGHT:g} x separate"}
 COLORS = ("#1f77b4", "#d95f02", "#1b9e77")
 
 
@@ -63,25 +68,11 @@ def _chosen(data: Split) -> Split:
 
 def _follow(method: str, epochs: list[int]) -> list[Trained]:
     """The model as it is after each of these epochs of one run."""
-    training, test = (_chosen(part) for part in load_split(0))
-    torch.manual_seed(0)
-    model = DigitClassifier()
-    model.classifier = nn.Linear(FEATURE_DIM, len(DIGITS))
-    criterion = SeparateLoss(len(DIGITS), FEATURE_DIM) if method == "separate" else None
-    # Before training there are no centers yet.
-    found = [evaluate(model, test, None, len(DIGITS))] if epochs[0] == 0 else []
-    for epoch in train(
-        model,
-        training,
-        criterion,
-        separate_weight=SEPARATE_WEIGHT,
-        epochs=epochs[-1],
-        batch_size=BATCH_SIZE,
-        seed=0,
-    ):
-        if epoch + 1 in epochs:
-            centers = None if criterion is None else criterion.centers
-            found.append(evaluate(model, test, centers, len(DIGITS)))
+    sides = Sides(*(_chosen(part) for part in load_split(0)))
+    training = start(demo.setting(method, 0, epochs[-1]), sides=sides)
+    # Before training the centers are zero.
+    found = [trained(training)._replace(centers=None)] if epochs[0] == 0 else []
+    found += [trained(training) for epoch in training.epochs if epoch + 1 in epochs]
     return found
 
 
@@ -112,7 +103,9 @@ def _draw(runs: dict[str, list[Trained]], epochs: list[int], path: Path) -> None
             _panel(axes, Step(*(part @ plane for part in step)), one.labels)
             axes.set_title(f"epoch {epoch}" if epoch else "before training", fontsize=12)
             found = one.figures
-            axes.set_xlabel(f"within {found.intra:.2f}\nbetween {found.inter:.2f}", fontsize=11)
+            axes.set_xlabel(
+                f"within {found['intra']:.2f}\nbetween {found['inter']:.2f}", fontsize=11
+            )
     handles = [
         *(
             Line2D([], [], linestyle="", marker="o", color=color, label=f"a {digit}")

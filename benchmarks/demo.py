@@ -4,11 +4,9 @@ python -m benchmarks.demo
 """
 
 import argparse
-import math
 import time
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -16,67 +14,73 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.digits import (
-    FEATURE_DIM,
-    NUM_CLASSES,
-    DigitClassifier,
-    Figures,
-    Trained,
-    evaluate,
-    load_split,
-    train,
-)
-from separate_loss import SeparateLoss, metrics, plots
+from benchmarks.quality.methods import PAPER_WEIGHT, WEIGHT
+from benchmarks.quality.runs import Figures, Setting, Training, figures, outputs, start
+from benchmarks.quality.statistics import show_spread
+from benchmarks.report import table
+from separate_loss import metrics, plots
 
-SEPARATE_WEIGHT = 0.9
-BATCH_SIZE = 32
-
+BATCH_SIZE, RATE = 32, 0.003
+# Of each, its weight and its title.
 METHODS = {
-    "softmax": "softmax loss",
-    "separate": f"softmax + {SEPARATE_WEIGHT} x separate loss",
+    "softmax": (0.0, "softmax loss"),
+    "paper": (PAPER_WEIGHT, f"softmax + {PAPER_WEIGHT} x separate loss, paper's form"),
+    "square": (WEIGHT, f'softmax + {WEIGHT:g} x separate loss, `scale_free`, `"square"`'),
+}
+COLUMNS = {
+    "accuracy": ("accuracy, %", 2),
+    "intra": ("intra-class similarity", 3),
+    "inter": ("inter-class similarity", 3),
+    "closest": ("two closest classes", 3),
+    "agreement": ("center agreement", 3),
 }
 
 
+class Trained(NamedTuple):
+    """Of the unseen digits, and of the centers if there are any."""
+
+    figures: Figures
+    features: Tensor
+    labels: Tensor
+    centers: Tensor | None
+
+
+def setting(method: str, seed: int, epochs: int) -> Setting:
+    """Signed features, half of the digits."""
+    weight = METHODS[method][0]
+    return Setting("digits", "signed", method, weight, RATE, seed, epochs, BATCH_SIZE)
+
+
+def trained(training: Training) -> Trained:
+    """What is shown of a training, as it is now."""
+    unseen = training.sides.measured
+    features, _ = outputs(training.model, unseen.images)
+    return Trained(figures(training, unseen), features, unseen.labels, training.centers)
+
+
 def run(method: str, seed: int, epochs: int) -> Trained:
-    """Trains one model; both methods start from the same weights and see the same batches."""
-    training, test = load_split(seed)
-    torch.manual_seed(seed)
-    model = DigitClassifier()
-    criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM) if method == "separate" else None
-    steps = train(
-        model,
-        training,
-        criterion,
-        separate_weight=SEPARATE_WEIGHT,
-        epochs=epochs,
-        batch_size=BATCH_SIZE,
-        seed=seed,
-    )
-    for epoch in steps:
-        print(f"\rseed {seed}, {METHODS[method]}: epoch {epoch + 1}/{epochs}", end="", flush=True)
-    trained = evaluate(model, test, criterion)
-    print(f", accuracy {trained.figures.accuracy:.2f} %", flush=True)
-    return trained
+    """Trains one model; all methods start from the same weights and see the same batches."""
+    training, title = start(setting(method, seed, epochs)), METHODS[method][1]
+    for epoch in training.epochs:
+        print(f"\rseed {seed}, {title}: epoch {epoch + 1}/{epochs}", end="", flush=True)
+    found = trained(training)
+    print(f", accuracy {found.figures['accuracy']:.2f} %", flush=True)
+    return found
 
 
-def table(results: dict[str, list[Figures]]) -> str:
+def rows(results: dict[str, list[Figures]]) -> str:
     """Mean and standard deviation over seeds, as Markdown."""
     lines = [
-        "| loss | accuracy, % | intra-class similarity | inter-class similarity "
-        "| center agreement |",
-        "| --- | --- | --- | --- | --- |",
+        [
+            METHODS[method][1],
+            *(
+                show_spread([one[name] for one in runs], digits)
+                for name, (_, digits) in COLUMNS.items()
+            ),
+        ]
+        for method, runs in results.items()
     ]
-    for method, runs in results.items():
-        cells = [METHODS[method]]
-        for name, digits in zip(Figures._fields, (2, 3, 3, 3), strict=True):
-            values = [getattr(figures, name) for figures in runs]
-            if math.isnan(values[0]):
-                cells.append("-")
-                continue
-            spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{fmean(values):.{digits}f}{spread}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return table(["loss", *(title for title, _ in COLUMNS.values())], lines)
 
 
 def in_the_plane(*parts: Tensor) -> list[Tensor]:
@@ -88,12 +92,12 @@ def in_the_plane(*parts: Tensor) -> list[Tensor]:
 
 def picture(trained: dict[str, Trained], path: Path) -> None:
     """The feature spaces of all methods side by side, and how similar their class means are."""
-    figure = Figure(figsize=(11, 9.5), layout="constrained")
+    figure = Figure(figsize=(15, 9.5), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=(5, 3))
     upper, lower = parts
     panels = upper.subplots(1, len(trained)), lower.subplots(1, len(trained))
     for axes, matrix, (method, result) in zip(*panels, trained.items(), strict=True):
-        true_centers = metrics.class_centers(result.features, result.labels, NUM_CLASSES)
+        true_centers = metrics.class_centers(result.features, result.labels, 10)
         centers = [true_centers] if result.centers is None else [true_centers, result.centers]
         points, *marked = in_the_plane(result.features, *centers)
         plots.feature_space(
@@ -103,16 +107,16 @@ def picture(trained: dict[str, Trained], path: Path) -> None:
             learned_centers=marked[1] if len(marked) > 1 else None,
             axes=axes,
         )
-        figures = result.figures
+        found = result.figures
         axes.set_title(
-            f"{METHODS[method]}: accuracy {figures.accuracy:.1f} %\n"
-            f"mean cosine within classes {figures.intra:.2f}, between classes {figures.inter:.2f}",
-            fontsize=11,
+            f"{METHODS[method][1].replace('`', '')}:\naccuracy {found['accuracy']:.1f} %, mean "
+            f"cosine within classes {found['intra']:.2f}, between {found['inter']:.2f}",
+            fontsize=10,
         )
         plots.center_similarity(true_centers, axes=matrix)
         matrix.set_title("cosines between class means", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200)
+    figure.savefig(path, dpi=100)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -132,13 +136,13 @@ def main(arguments: list[str] | None = None) -> None:
     first: dict[str, Trained] = {}
     for seed in range(options.seeds):
         for method in METHODS:
-            trained = run(method, seed, options.epochs)
-            results[method].append(trained.figures)
-            first.setdefault(method, trained)
+            found = run(method, seed, options.epochs)
+            results[method].append(found.figures)
+            first.setdefault(method, found)
     print(
         f"\nscikit-learn's digits, half of them unseen; mean ± deviation of {options.seeds} seeds"
     )
-    print(table(results))
+    print(rows(results))
     picture(first, options.output)
     print(f"\nPicture: {options.output} ({time.perf_counter() - began:.0f} s in all)")
 

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from benchmarks.training import FeatureKind, Split
+from benchmarks.samples import FeatureKind, Split
 
 SIZE = 48
 CSV_CLASSES = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")

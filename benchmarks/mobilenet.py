@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.training import FeatureKind
+from benchmarks.samples import FeatureKind
 from benchmarks.vision import complete_torchvision
 
 __all__ = ["FEATURE_DIM", "FaceClassifier", "check"]
@@ -41,21 +41,20 @@ class FaceClassifier(nn.Module):
     def __init__(self, weights: Path | None, kind: FeatureKind, num_classes: int) -> None:
         super().__init__()
         complete_torchvision()
-        from torchvision.models import mobilenet_v2  # noqa: PLC0415 - after the line above
+        from torchvision import models  # noqa: PLC0415 - after the line above
 
-        model = mobilenet_v2()
+        model = models.mobilenet_v2()
         if weights is not None:
             model.load_state_dict(torch.load(weights, weights_only=True))
         self.extractor: nn.Module = model.features
         self.neck = nn.BatchNorm1d(FEATURE_DIM) if kind == "neck" else nn.Identity()
         self.classifier: nn.Module = nn.Linear(FEATURE_DIM, num_classes)
-        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1))
-        self.register_buffer("deviation", torch.tensor(DEVIATION).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Of faces (N, 1, 48, 48) as `faces` has them: (grey - 128) / 64."""
         grey = (images * 64 + 128) / 255
         grey = F.interpolate(grey, SIZE, mode="bilinear", align_corners=False)
-        maps = self.extractor((grey - self.mean) / self.deviation)
+        mean, deviation = (grey.new_tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
+        maps = self.extractor((grey - mean) / deviation)
         features = self.neck(maps.mean((2, 3)))
         return features, self.classifier(features)

@@ -1,6 +1,6 @@
 """Classes that were not trained on, found by cosine: `python -m benchmarks retrieval`.
 
-The demo's network learns seven of scikit-learn's ten digits; the other three are retrieved by the
+The study's network learns seven of scikit-learn's ten digits; the other three are retrieved by the
 cosines of their features. MAP@R: of the R others of a sample's class, how many are among its R
 nearest, and how early. Three digits are drawn anew for each split. Nothing is tuned.
 """
@@ -12,30 +12,29 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 import torch
-from pytorch_metric_learning.losses import CosFaceLoss
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import training
-from benchmarks.baselines import CenterLoss
-from benchmarks.digits import FEATURE_DIM, NUM_CLASSES, DigitClassifier, FeatureKind, load_split
+from benchmarks.digits import NUM_CLASSES, load_split
+from benchmarks.quality.data import Sides
+from benchmarks.quality.methods import PAPER_WEIGHT, WEIGHT
+from benchmarks.quality.runs import Setting, outputs, start
 from benchmarks.report import environment, progress, provenance, table, write
-from benchmarks.training import Loss, Split, joint
-from separate_loss import SeparateLoss
+from benchmarks.samples import FeatureKind, Split
 
 __all__ = ["main", "map_at_r"]
 
-SEEN = 7
+SEEN, BATCH_SIZE, RATE = 7, 32, 0.003
 KINDS: tuple[FeatureKind, ...] = ("signed", "neck")
+# Of each, its weight (or margin) and its title.
 METHODS = {
-    "softmax": "softmax loss",
-    "center": "+ 0.1 x center loss",
-    "paper": "+ 0.9 x separate loss, paper's form",
-    "square": '+ 0.9 x separate loss, `scale_free`, `"square"`',
-    "cosface": "CosFace head, margin 0.35, scale 16",
+    "softmax": (0.0, "softmax loss"),
+    "center": (0.1, "+ 0.1 x center loss"),
+    "paper": (PAPER_WEIGHT, f"+ {PAPER_WEIGHT} x separate loss, paper's form"),
+    "square": (WEIGHT, f'+ {WEIGHT:g} x separate loss, `scale_free`, `"square"`'),
+    "cosface": (0.35, "CosFace, margin 0.35, scale 16"),
 }
 
 
@@ -65,7 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
         (method, kind): _shown(method, values[method, kind], values["softmax", kind])
         for method, kind in cells
     }
-    rows = [[title, *(found[method, kind] for kind in KINDS)] for method, title in METHODS.items()]
+    rows = [
+        [title, *(found[method, kind] for kind in KINDS)] for method, (_, title) in METHODS.items()
+    ]
     header = ["MAP@R, %", "signed features", "non-negative, then a neck"]
     write(options.output, f"{table(header, rows)}\n\n{provenance(environment())}\n")
     print(f"Table: {options.output}")
@@ -87,41 +88,14 @@ def run(method: str, kind: FeatureKind, split: int, epochs: int) -> float:
     data = Split(*(torch.cat(parts) for parts in zip(*halves, strict=True)))
     label = order.argsort()[data.labels]
     seen = label < SEEN
-    torch.manual_seed(split)
-    model = DigitClassifier(kind)
-    model.classifier = nn.Linear(FEATURE_DIM, SEEN)
-    loss, moving = _objective(method, model)
-    for _ in training.train(
-        model,
-        Split(data.images[seen], label[seen]),
-        loss,
-        moving,
-        epochs=epochs,
-        batch_size=32,
-        seed=split,
-    ):
+    training = Split(data.images[seen], label[seen])
+    weight = METHODS[method][0]
+    setting = Setting("digits", kind, method, weight, RATE, split, epochs, BATCH_SIZE)
+    started = start(setting, sides=Sides(training, training))
+    for _ in started.epochs:
         pass
-    model.eval()
-    with torch.no_grad():
-        features = model(data.images[~seen])[0]
+    features, _ = outputs(started.model, data.images[~seen])
     return map_at_r(features, label[~seen])
-
-
-def _objective(method: str, model: nn.Module) -> tuple[Loss, list[torch.optim.Optimizer]]:
-    if method == "cosface":
-        head: Any = CosFaceLoss(SEEN, FEATURE_DIM, margin=0.35, scale=16)
-        adam = torch.optim.Adam([*model.parameters(), *head.parameters()], lr=1e-3)
-        return (lambda features, _, labels: head(features, labels)), [adam]
-    moving: list[torch.optim.Optimizer] = [torch.optim.Adam(model.parameters(), lr=1e-3)]
-    if method == "softmax":
-        return joint(None, 0.0), moving
-    if method == "center":
-        centers = CenterLoss(SEEN, FEATURE_DIM)
-        moving.append(torch.optim.SGD(centers.parameters(), lr=0.5))
-        return joint(centers, 0.1), moving
-    options: dict[str, Any] = {"scale_free": True, "separation": "square"}
-    criterion = SeparateLoss(SEEN, FEATURE_DIM, **(options if method == "square" else {}))
-    return joint(criterion, 0.9), moving
 
 
 def map_at_r(features: Tensor, labels: Tensor) -> float:

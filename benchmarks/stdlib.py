@@ -13,7 +13,7 @@ import torch
 from sklearn.feature_extraction.text import HashingVectorizer
 from torch import Tensor, nn
 
-from benchmarks.training import FeatureKind, Split
+from benchmarks.samples import FeatureKind, Split
 
 PACKAGES = (
     "asyncio",

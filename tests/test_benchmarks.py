@@ -13,7 +13,7 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 
-from benchmarks import contenders, forms, gpu, rate, report, resnet, retrieval, scale
+from benchmarks import contenders, gpu, rate, report, resnet, retrieval, scale
 from benchmarks.__main__ import main
 from benchmarks.contenders import CONTENDERS, Contender, Problem, Size
 
@@ -223,16 +223,6 @@ def test_rate_tells_when_centers_agree() -> None:
     fast, slow = (rate.follow(20, 32, center_lr, 100) for center_lr in (30.0, 0.01))
     assert int(fast) < 100
     assert slow.endswith(" after 100")
-
-
-def test_forms(tmp_path: Path) -> None:
-    output = tmp_path / "forms.md"
-    main(["forms", "--seeds=2", "--epochs=1", f"--output={output}"])
-    rows = [line for line in output.read_text().splitlines() if line.count(" ± ") > 1]
-    cells = {tuple(row.strip("| ").split(" | ")[:3]) for row in rows}
-    assert len(cells) == len(forms.SETTINGS) * len(forms.KINDS) * len(forms.FORMS)
-    # Softmax loss has no centers.
-    assert all(row.endswith(" - |") == ("| softmax |" in row) for row in rows)
 
 
 def test_heads(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from benchmarks.quality.runs import Setting, run
 from benchmarks.quality.study import Study
 from benchmarks.report import REDRAW, Results, write
 
+QUICK_SAMPLES = 400
 NEEDS = {"faces": ("faces",), "pretrained": ("faces", "weights")}
 
 
@@ -84,7 +85,9 @@ def _measure(
     wanted: Iterable[Setting],
 ) -> None:
     jobs = {
-        setting.key(): partial(run, setting, place, options.device, options.quick)
+        setting.key(): partial(
+            run, setting, place, options.device, QUICK_SAMPLES if options.quick else None
+        )
         for setting in wanted
     }
     execute(jobs, results, pool)

@@ -11,7 +11,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from benchmarks import digits, faces, mobilenet, stdlib
-from benchmarks.training import FeatureKind, Split
+from benchmarks.samples import FeatureKind, Split
 
 KINDS: tuple[FeatureKind, ...] = ("signed", "non-negative", "neck")
 
@@ -116,7 +116,7 @@ DATA = {
     "digits": DataSet(
         "digits, half of 1,797",
         _half,
-        lambda _, kind, __, scale: digits.DigitClassifier(kind, scale),
+        lambda _, kind, classes, scale: digits.DigitClassifier(kind, scale, classes),
         lambda _: digits.NUM_CLASSES,
         feature_dim=digits.FEATURE_DIM,
         epochs=30,
@@ -128,7 +128,7 @@ DATA = {
     "few": DataSet(
         "digits, 10 labels a class",
         _few,
-        lambda _, kind, __, scale: digits.DigitClassifier(kind, scale),
+        lambda _, kind, classes, scale: digits.DigitClassifier(kind, scale, classes),
         lambda _: digits.NUM_CLASSES,
         feature_dim=digits.FEATURE_DIM,
         epochs=60,

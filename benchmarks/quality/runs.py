@@ -1,18 +1,22 @@
 """One training, from its setting to its figures."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from benchmarks import training
-from benchmarks.quality.data import DATA, DataSet, Place
+from benchmarks.quality.data import DATA, DataSet, Place, Sides
 from benchmarks.quality.methods import METHODS, CosineHead, Method, Problem
-from benchmarks.training import FeatureKind, Loss, Split
+from benchmarks.samples import FeatureKind, Split
 from separate_loss import metrics
 
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of features, logits, labels
 BINS = 15  # of the calibration error
 # In the order in which they are stored; percentages, mean cosines, and the norm.
 FIGURES = (
@@ -58,28 +62,53 @@ class Setting:
         return ", ".join([*words, *(["tuning"] if self.tuning else [])])
 
 
-def run(setting: Setting, place: Place, device: str, quick: bool = False) -> list[float | None]:
-    """Trains once, on one thread; gives the figures in their order, as many as are wanted."""
-    torch.set_num_threads(1)
-    data, method = DATA[setting.data], METHODS[setting.method]
-    sides = data.sides(place, setting.seed, setting.tuning)
-    seen, measured = (Split(*(part.to(device) for part in side)) for side in sides)
-    if quick:
-        seen = Split(*(part[:400] for part in seen))
-    classes = data.classes(place)
+class Training(NamedTuple):
+    """A training that `epochs` goes on with, one at a time."""
+
+    model: nn.Module
+    criterion: nn.Module | None
+    sides: Sides
+    epochs: Iterator[int]
+
+    @property
+    def centers(self) -> Tensor | None:
+        """The learned ones, (C, d)."""
+        centers = getattr(self.criterion, "centers", None)
+        return centers.detach() if isinstance(centers, Tensor) else None
+
+
+def start(
+    setting: Setting,
+    place: Place | None = None,
+    device: str = "cpu",
+    sides: Sides | None = None,
+    most: int | None = None,
+) -> Training:
+    """Sets a training up: of the samples of `sides` rather than of the data set's, `most` of them.
+
+    Methods start from the same weights under the same seed, and see the same batches.
+    """
+    data, method, place = DATA[setting.data], METHODS[setting.method], place or Place()
+    if sides is None:
+        sides, classes = data.sides(place, setting.seed, setting.tuning), data.classes(place)
+    else:
+        classes = int(sides.training.labels.max()) + 1
+    training, measured = (Split(*(part.to(device) for part in side)) for side in sides)
+    training = Split(*(part[:most] for part in training))
     torch.manual_seed(setting.seed)
     model = data.network(place, setting.kind, classes, setting.scale).to(device)
-    counts = seen.labels.bincount(minlength=classes).to(device)
+    counts = training.labels.bincount(minlength=classes)
     criterion = method.build(Problem(counts, data.feature_dim, setting.weight))
     if criterion is not None:
         criterion.to(device)
     if method.is_head:
         model.classifier = CosineHead(criterion)
-    steps = setting.epochs * math.ceil(len(seen.labels) / setting.batch_size)
+    # A batch of one sample has no variance for a neck: it is left out.
+    steps = setting.epochs * math.ceil((len(training.labels) - 1) / setting.batch_size)
     moving, schedule = optimizers(model, criterion, data, method, setting.rate, steps)
-    for _ in training.train(
+    epochs = train(
         model,
-        seen,
+        training,
         objective(criterion, method, setting.weight),
         moving,
         epochs=setting.epochs,
@@ -87,21 +116,69 @@ def run(setting: Setting, place: Place, device: str, quick: bool = False) -> lis
         seed=setting.seed,
         schedule=schedule,
         augment=data.augment,
-    ):
+    )
+    return Training(model, criterion, Sides(training, measured), epochs)
+
+
+def run(
+    setting: Setting, place: Place | None = None, device: str = "cpu", most: int | None = None
+) -> list[float | None]:
+    """Trains once, on one thread; gives the figures in their order, as many as are wanted."""
+    torch.set_num_threads(1)
+    training = start(setting, place, device, most=most)
+    for _ in training.epochs:
         pass
-    centers = getattr(criterion, "centers", None)
-    found = figures(model, measured, centers, classes)
+    found = figures(training, training.sides.measured)
     if setting.brief:
         return [found["accuracy"]]
-    trained = figures(model, seen, centers, classes)
-    return [{**found, "train_accuracy": trained["accuracy"]}[name] for name in FIGURES]
+    seen = figures(training, training.sides.training)
+    return [{**found, "train_accuracy": seen["accuracy"]}[name] for name in FIGURES]
+
+
+def train(
+    model: nn.Module,
+    data: Split,
+    loss: Loss,
+    optimizers: Sequence[Optimizer],
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    schedule: LRScheduler,
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None,
+) -> Iterator[int]:
+    """Trains, yielding after each epoch; `schedule` goes on with each step."""
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in range(epochs):
+        model.train()
+        order = torch.randperm(len(data.labels), generator=generator)
+        for chosen in order.split(batch_size):
+            if len(chosen) == 1:
+                continue
+            images, labels = data.images[chosen], data.labels[chosen]
+            if augment is not None:
+                images = augment(images, generator)
+            features, logits = model(images)
+            value = loss(features, logits, labels)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            value.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            schedule.step()
+        yield epoch
 
 
 def objective(criterion: nn.Module | None, method: Method, weight: float) -> Loss:
     """What is minimised: the head's loss, or softmax loss and the criterion's beside it."""
-    if method.is_head and criterion is not None:
-        return lambda features, _, labels: criterion(features, labels)
-    return training.joint(criterion, weight)
+
+    def loss(features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        if criterion is None:
+            return F.cross_entropy(logits, labels)
+        beside: Tensor = criterion(features, labels)
+        return beside if method.is_head else F.cross_entropy(logits, labels) + weight * beside
+
+    return loss
 
 
 def optimizers(
@@ -111,10 +188,10 @@ def optimizers(
     method: Method,
     rate: float,
     steps: int,
-) -> tuple[list[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW in one cycle or SGD along a cosine for the network; SGD for centers that are learned."""
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    of_model: torch.optim.Optimizer
+) -> tuple[list[Optimizer], LRScheduler]:
+    """AdamW in one cycle or SGD along a cosine for the network; SGD for learned centers."""
+    schedule: LRScheduler
+    of_model: Optimizer
     if data.optimizer == "adam":
         of_model = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(of_model, rate, total_steps=steps)
@@ -128,14 +205,20 @@ def optimizers(
 
 
 @torch.no_grad()
-def figures(model: nn.Module, data: Split, centers: Tensor | None, classes: int) -> Figures:
-    """What is reported of a trained model, on `data`; None that there is no learned center for."""
+def outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and logits, in evaluation."""
     model.eval()
-    outputs = [model(images) for images in data.images.split(500)]
-    features, logits = (torch.cat(parts) for parts in zip(*outputs, strict=True))
-    labels = data.labels
+    parts = [model(some) for some in images.split(500)]
+    features, logits = (torch.cat(part) for part in zip(*parts, strict=True))
+    return features, logits
+
+
+def figures(training: Training, data: Split) -> Figures:
+    """What is reported of a model, on `data`; None that there is no learned center for."""
+    features, logits = outputs(training.model, data.images)
+    labels, centers, classes = data.labels, training.centers, logits.shape[1]
     means = metrics.class_centers(features, labels, classes)
-    cosines = torch.nn.functional.normalize(means, dim=-1)
+    cosines = F.normalize(means, dim=-1)
     between = (cosines @ cosines.mT).fill_diagonal_(-1)
     right = logits.argmax(-1) == labels
     recalls = [right[labels == label].double().mean() for label in labels.unique()]
@@ -152,9 +235,9 @@ def figures(model: nn.Module, data: Split, centers: Tensor | None, classes: int)
         "nearest": None,
     }
     if centers is not None:
-        agreements = metrics.center_agreement(centers.detach(), means, reduction="none")
+        agreements = metrics.center_agreement(centers, means, reduction="none")
         known = agreements[~agreements.isnan()]
-        nearest = metrics.nearest_center(features, centers.detach())
+        nearest = metrics.nearest_center(features, centers)
         assert isinstance(nearest, Tensor)
         found |= {
             "agreement": known.mean(),

@@ -9,7 +9,7 @@ from benchmarks.quality.data import DATA
 from benchmarks.quality.methods import METHODS, PAPER_WEIGHT, STARTS
 from benchmarks.quality.runs import FIGURES, Figures, Setting
 from benchmarks.quality.statistics import Interval, paired
-from benchmarks.training import FeatureKind
+from benchmarks.samples import FeatureKind
 
 Measure = Callable[[Iterable[Setting]], None]
 
@@ -107,17 +107,24 @@ class Study:
         weight = self.weights[kind, row.method] if row.tuned else row.weight or 0.0
         return [self._setting(kind, row.method, weight, seed) for seed in range(self.seeds)]
 
-    def figures(self, kind: FeatureKind, row: Row) -> list[Figures]:
-        """Of a line of the table, for all seeds."""
-        found = (self.found[setting.key()] for setting in self.settings(kind, row))
-        return [dict(zip(FIGURES, values, strict=True)) for values in found]
+    def figures(self, kind: FeatureKind, row: Row) -> dict[int, Figures]:
+        """Of a line of the table, by seed; of a run that was interrupted, those that are there."""
+        return {
+            setting.seed: dict(zip(FIGURES, self.found[setting.key()], strict=True))
+            for setting in self.settings(kind, row)
+            if setting.key() in self.found
+        }
 
-    def difference(self, kind: FeatureKind, row: Row, other: Row, what: str) -> Interval:
-        """Of a figure, paired by seed."""
-        first, second = (
-            [figures[what] or 0.0 for figures in self.figures(kind, one)] for one in (row, other)
-        )
-        return paired(first, second)
+    def difference(
+        self, kind: FeatureKind, row: Row, other: Row, what: str = "accuracy"
+    ) -> Interval | None:
+        """Of a figure, paired by seed; None where two pairs are not there."""
+        first, second = (self.figures(kind, one) for one in (row, other))
+        seeds = sorted(first.keys() & second.keys())
+        if len(seeds) < 2:
+            return None
+        ours, theirs = ([found[seed][what] or 0.0 for seed in seeds] for found in (first, second))
+        return paired(ours, theirs)
 
     def sweep_places(self) -> list[tuple[FeatureKind, float, int, Row]]:
         if self.name != SWEEP_DATA:
@@ -214,14 +221,15 @@ class Study:
             ranges = grown
 
 
-def default_weight(studies: Sequence[Study], method: str) -> float:
-    """The one weight of all data and features whose mean accuracy on the tuning parts is best."""
-    return max(
-        STARTS,
-        key=lambda weight: fmean(
-            study.tried[kind, method][weight] for study in studies for kind in study.kinds
-        ),
-    )
+def default_weight(studies: Sequence[Study]) -> float:
+    """The one weight of both forms with the best mean accuracy on the tuning parts."""
+    tried = [
+        study.tried[kind, method]
+        for study in studies
+        for kind in study.kinds
+        for method in ("free", "square")
+    ]
+    return max(STARTS, key=lambda weight: fmean(scores[weight] for scores in tried))
 
 
 class Verdict(NamedTuple):
@@ -242,9 +250,11 @@ def judge(studies: Sequence[Study], row: Row, lesser: Row) -> Verdict:
     for study in studies:
         for kind in study.kinds:
             place = f"{study.name}, {kind}"
-            if study.difference(kind, row, lesser, "accuracy").high < 0:
+            beside_lesser = study.difference(kind, row, lesser)
+            beside_softmax = study.difference(kind, row, SOFTMAX)
+            if beside_lesser is not None and beside_lesser.high < 0:
                 worse.append(place)
-            if study.difference(kind, row, SOFTMAX, "accuracy").low > 0:
+            if beside_softmax is not None and beside_softmax.low > 0:
                 better.append(place)
         cells = dict.fromkeys(place[:3] for place in study.sweep_places())
         for kind, scale, size in cells:
