@@ -101,7 +101,7 @@ def test_gpu_script_on_small_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     main(["gpu", "--device", "cpu", "--threads", "1", "--output", str(tmp_path)])
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert {"torch", "gpu", "date"} <= set(found["environment"])
-    assert found["settings"]["triton"] == version("triton")
+    assert found["measured"]["triton"] == version("triton")
     page = (tmp_path / "gpu.md").read_text()
     assert f"| {small} paper: launches | at most 6 | 0 | not measured |" in page
     for form in gpu.FORMS:

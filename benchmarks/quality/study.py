@@ -130,7 +130,8 @@ class Study:
         if self.name != SWEEP_DATA:
             return []
         sizes, scales = (BATCH_SIZES[-1:], SCALES[::4]) if self.quick else (BATCH_SIZES, SCALES)
-        return list(product(SWEEP_KINDS, scales, sizes, SWEEP_ROWS))
+        kinds = [kind for kind in SWEEP_KINDS if kind in self.kinds]
+        return list(product(kinds, scales, sizes, SWEEP_ROWS))
 
     def sweep_settings(
         self, kind: FeatureKind, scale: float, batch_size: int, row: Row

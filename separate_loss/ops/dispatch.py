@@ -20,7 +20,7 @@ CHOICE = os.environ.get("SEPARATE_LOSS_OPS", "auto")
 check_choice("SEPARATE_LOSS_OPS", CHOICE, ("auto", "eager", "fused"))
 
 # The largest batch for which "auto" takes the kernels, on CUDA: docs/kernels.md has the figures.
-AUTO_SAMPLES = 1024
+AUTO_SAMPLES = 4096
 
 # What the kernels need of Triton came in 3.4, beside torch 2.8.
 HAS_TRITON = find_spec("triton") is not None and torch.version.hip is None and RELEASE >= (2, 8)
