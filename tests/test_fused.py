@@ -15,6 +15,7 @@ import torch._dynamo.testing
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -489,6 +490,8 @@ class TestChoice:
         monkeypatch.setattr(fused, "works_on", lambda _: True)
         assert serves(dispatch.AUTO_SAMPLES)
         assert not serves(dispatch.AUTO_SAMPLES + 1)
+        with FakeTensorMode():
+            assert not serves(4)
         monkeypatch.setattr(fused, "works_on", lambda _: False)
         assert not serves(4)
 

@@ -103,6 +103,8 @@ def _defaults(studies: Sequence[Study]) -> list[str]:
     lines = [
         _verdict(f"`scale_free` beside the paper's form at {PAPER_WEIGHT}", free, PAPER, studies),
         _verdict('`"square"` beside `"mean"`, both `scale_free`', square, free, studies),
+        _verdict("both (no rule) beside the paper's form", square, PAPER, studies),
+        _verdict("both (no rule) beside center loss", square, CENTER, studies),
     ]
     return [rule, table(["form", "worse in", "above softmax in", "fallen in", "rule"], lines)]
 

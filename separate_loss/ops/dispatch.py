@@ -24,6 +24,7 @@ AUTO_SAMPLES = 4096
 
 # What the kernels need of Triton came in 3.4, beside torch 2.8.
 HAS_TRITON = find_spec("triton") is not None and torch.version.hip is None and RELEASE >= (2, 8)
+PLAIN = (Tensor, torch.nn.Parameter)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A program holds a row of features, and looks for the samples of a class one by one.
 MOST_FEATURES, MOST_SAMPLES = 2**14, 2**14
@@ -56,7 +57,9 @@ def kernels_for(features: Tensor, target: Tensor, centers: Tensor) -> ModuleType
         from separate_loss.ops import fused  # noqa: PLC0415 - brings Triton
 
         if auto:
-            return fused if fused.works_on(centers.device) else None
+            # Fake tensors and the like stand for others, and start nothing.
+            plain = type(features) in PLAIN and type(centers) in PLAIN
+            return fused if plain and fused.works_on(centers.device) else None
         if centers.is_cuda or fused.INTERPRETED:
             return fused
         hindrance = (
