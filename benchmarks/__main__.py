@@ -7,6 +7,7 @@ COMMANDS = {
     "speed": "what a step costs, beside other losses and beside what no step can go under",
     "scale": "how time and memory grow with classes and samples",
     "quality": "whether it helps: accuracy, compactness, separation, size of the features",
+    "paper": "the paper's own experiment, on your files",
     "course": "a picture of classes coming together and apart over training",
     "retrieval": "classes that were not trained on, found by cosine",
     "rate": "how soon centers follow classes whose means have changed",

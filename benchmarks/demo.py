@@ -86,7 +86,8 @@ def rows(results: dict[str, list[Figures]]) -> str:
 def in_the_plane(*parts: Tensor) -> list[Tensor]:
     """One t-SNE of all parts by their directions, which are what the loss sees."""
     rows = F.normalize(torch.cat([part.double() for part in parts]), dim=-1)
-    plane = TSNE(perplexity=30, init="pca", random_state=0).fit_transform(rows.numpy())
+    perplexity = min(30, len(rows) // 4)
+    plane = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(rows.numpy())
     return list(torch.from_numpy(plane).split([len(part) for part in parts]))
 
 

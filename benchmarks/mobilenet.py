@@ -3,20 +3,17 @@
 import hashlib
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.backbone import DEVIATION, MEAN, Classifier
 from benchmarks.samples import FeatureKind
-from benchmarks.vision import complete_torchvision
 
 __all__ = ["FEATURE_DIM", "FaceClassifier", "check"]
 
 FEATURE_DIM = 1280
 SIZE = 96
 FILE = "mobilenet_v2-b0353104.pth"
-# Of ImageNet, for pictures in [0, 1].
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def check(path: Path) -> None:
@@ -36,25 +33,15 @@ def check(path: Path) -> None:
 
 
 class FaceClassifier(nn.Module):
-    """Pooled features straight into a new head, or through a neck; returns features and logits."""
+    """Of faces (N, 1, 48, 48) as `faces` has them, (grey - 128) / 64: features and logits."""
 
     def __init__(self, weights: Path | None, kind: FeatureKind, num_classes: int) -> None:
         super().__init__()
-        complete_torchvision()
-        from torchvision import models  # noqa: PLC0415 - after the line above
-
-        model = models.mobilenet_v2()
-        if weights is not None:
-            model.load_state_dict(torch.load(weights, weights_only=True))
-        self.extractor: nn.Module = model.features
-        self.neck = nn.BatchNorm1d(FEATURE_DIM) if kind == "neck" else nn.Identity()
-        self.classifier: nn.Module = nn.Linear(FEATURE_DIM, num_classes)
+        self.model = Classifier("mobilenet_v2", weights or "none", num_classes, neck=kind == "neck")
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Of faces (N, 1, 48, 48) as `faces` has them: (grey - 128) / 64."""
-        grey = (images * 64 + 128) / 255
-        grey = F.interpolate(grey, SIZE, mode="bilinear", align_corners=False)
+        grey = F.interpolate((images * 64 + 128) / 255, SIZE, mode="bilinear", align_corners=False)
         mean, deviation = (grey.new_tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
-        maps = self.extractor((grey - mean) / deviation)
-        features = self.neck(maps.mean((2, 3)))
-        return features, self.classifier(features)
+        features: Tensor
+        features, logits = self.model((grey - mean) / deviation)
+        return features, logits

@@ -1,7 +1,7 @@
 """One training, from its setting to its figures."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -149,24 +149,39 @@ def train(
 ) -> Iterator[int]:
     """Trains, yielding after each epoch; `schedule` goes on with each step."""
     generator = torch.Generator().manual_seed(seed)
-    for epoch in range(epochs):
-        model.train()
-        order = torch.randperm(len(data.labels), generator=generator)
-        for chosen in order.split(batch_size):
-            if len(chosen) == 1:
-                continue
-            images, labels = data.images[chosen], data.labels[chosen]
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for chosen in torch.randperm(len(data.labels), generator=generator).split(batch_size):
+            images = data.images[chosen]
             if augment is not None:
                 images = augment(images, generator)
-            features, logits = model(images)
-            value = loss(features, logits, labels)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            value.backward()
-            for optimizer in optimizers:
-                optimizer.step()
+            if len(chosen) > 1:
+                yield images, data.labels[chosen]
+
+    for epoch in range(epochs):
+        for _ in steps(model, batches(), loss, optimizers):
             schedule.step()
         yield epoch
+
+
+def steps(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss: Loss,
+    optimizers: Sequence[Optimizer],
+    backward: Callable[[Tensor], object] = Tensor.backward,
+) -> Iterator[Tensor]:
+    """Trains on each batch, yielding the loss."""
+    model.train()
+    for images, labels in batches:
+        features, logits = model(images)
+        value = loss(features, logits, labels)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        backward(value)
+        for optimizer in optimizers:
+            optimizer.step()
+        yield value.detach()
 
 
 def objective(criterion: nn.Module | None, method: Method, weight: float) -> Loss:
@@ -215,8 +230,12 @@ def outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def figures(training: Training, data: Split) -> Figures:
     """What is reported of a model, on `data`; None that there is no learned center for."""
-    features, logits = outputs(training.model, data.images)
-    labels, centers, classes = data.labels, training.centers, logits.shape[1]
+    return summary(*outputs(training.model, data.images), data.labels, training.centers)
+
+
+def summary(features: Tensor, logits: Tensor, labels: Tensor, centers: Tensor | None) -> Figures:
+    """The same, of features and logits."""
+    classes = logits.shape[1]
     means = metrics.class_centers(features, labels, classes)
     cosines = F.normalize(means, dim=-1)
     between = (cosines @ cosines.mT).fill_diagonal_(-1)
@@ -228,7 +247,7 @@ def figures(training: Training, data: Split) -> Figures:
         "calibration": 100 * calibration_error(logits, right),
         "intra": metrics.intra_class_similarity(features, labels, means),
         "inter": metrics.inter_class_similarity(means),
-        "closest": between.max(),
+        "closest": between.nan_to_num(-1).max(),  # without classes that are absent
         "norm": features.norm(dim=-1).mean(),
         "agreement": None,
         "agreement_lowest": None,
