@@ -8,9 +8,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from benchmarks.backbone import Classifier
 from benchmarks.expressions import Part
 from benchmarks.paper import sets, tables
-from benchmarks.backbone import Classifier
 from benchmarks.paper.runs import Recipe, run
 from benchmarks.paper.sets import TrainingSet
 from benchmarks.quality.methods import PAPER_WEIGHT, WEIGHT

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks.expressions import Part, Pictures
 from benchmarks.backbone import Classifier, prepared
+from benchmarks.expressions import Part, Pictures
 from benchmarks.paper.sets import TrainingSet
 from benchmarks.quality.methods import METHODS, Problem
 from benchmarks.quality.runs import objective, steps, summary
