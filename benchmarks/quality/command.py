@@ -1,6 +1,7 @@
 """The command line: trains what is missing, then writes the tables."""
 
 import argparse
+import json
 import time
 from collections.abc import Iterable
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -58,9 +59,13 @@ def main(arguments: list[str] | None = None) -> None:
     if options.workers > 1 and not options.redraw:
         pool = ProcessPoolExecutor(options.workers, get_context("spawn"))
     for name in names:
+        path = options.output / f"{name}.json"
+        settings = {"quick": options.quick, "faces": marks.get("faces") if name in NEEDS else None}
+        if options.redraw and path.exists():
+            settings = json.loads(path.read_text())["settings"]
         results = Results(
-            options.output / f"{name}.json",
-            {"quick": options.quick, "faces": marks.get("faces") if name in NEEDS else None},
+            path,
+            settings,
             device=options.device,
             fresh=options.fresh,
             redraw=options.redraw,
@@ -84,6 +89,14 @@ def _measure(
     options: argparse.Namespace,
     wanted: Iterable[Setting],
 ) -> None:
+    if results.redraw:
+        missing = {one.key(): one for one in wanted if one.key() not in results.measured}
+        needed = [key for key, one in missing.items() if one.brief]
+        if needed:
+            raise SystemExit(f"{results.path} has no figures for {needed[0]}")
+        if missing:
+            print(f"{results.path} lacks {len(missing)} runs: their rows have fewer seeds")
+        return
     jobs = {
         setting.key(): partial(
             run, setting, place, options.device, QUICK_SAMPLES if options.quick else None

@@ -63,6 +63,13 @@ def _cosface(problem: Problem) -> nn.Module:
     return criterion
 
 
+class NormPenalty(nn.Module):
+    """Half the mean squared norm of the features: what center loss does to their size."""
+
+    def forward(self, features: Tensor, _: Tensor) -> Tensor:
+        return features.square().sum(-1).mean() / 2
+
+
 def balance(counts: Tensor) -> Tensor:
     """Class weights under which all classes count the same in L_intra."""
     return counts.sum() / (len(counts) * counts.clamp(min=1))
@@ -102,6 +109,7 @@ METHODS: dict[str, Method] = {
     "balanced": Method(
         "the same, class weights", partial(_separate, balanced=True, **SQUARE), STARTS
     ),
+    "norm": Method("+ half the squared norm", lambda _: NormPenalty(), (0.01, 0.03, 0.1)),
     "gradient": Method(
         "the same, centers by SGD at 3",
         partial(_separate, center_update="gradient", **SQUARE),

@@ -1,7 +1,7 @@
 """A ResNet, whose features end in ReLU and pooling, with a neck: BatchNorm1d before the classifier.
 
 The neck makes features signed and of one size, which is what the loss wants. Watch the linear layer
-behind it.
+behind it. For a pretrained network, whose features a weight of 1 pulls too hard, take 0.3.
 """
 
 import timm
@@ -14,7 +14,9 @@ from separate_loss import SoftmaxSeparateLoss
 torch.manual_seed(0)
 model = timm.create_model("test_resnet", pretrained=False, num_classes=NUM_CLASSES, in_chans=1)
 model.fc = nn.Sequential(nn.BatchNorm1d(model.num_features), model.fc)
-criterion = SoftmaxSeparateLoss(model.fc[-1], scale_free=True)
+criterion = SoftmaxSeparateLoss(
+    model.fc[-1], separate_weight=0.3, scale_free=True, separation="square"
+)
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 
 losses = []
