@@ -323,10 +323,11 @@ def test_an_interrupted_study_goes_on(
     kept = json.loads((output / "digits.json").read_text())["measured"]
     assert len(kept) == 9
     command.main(arguments)
-    stored = {name: json.loads((output / f"{name}.json").read_text()) for name in ("digits", "few")}
-    whole = {key: value for one in stored.values() for key, value in one["measured"].items()}
-    assert {name: whole[name] for name in kept} == kept
-    assert done - 1 == len(whole)
+    digits, few = (
+        json.loads((output / f"{name}.json").read_text())["measured"] for name in ("digits", "few")
+    )
+    assert {name: digits[name] for name in kept} == kept
+    assert done - 1 == len(digits) + len(few)
     capsys.readouterr()
 
     command.main([*arguments, "--redraw"])

@@ -52,11 +52,12 @@ class Setting:
     brief: bool = False  # of its figures the accuracy is wanted alone
 
     def key(self) -> str:
-        """A name that says it all, but for how much is wanted."""
+        """A name within the data set that says what differs between its runs."""
         words = [
-            f"{self.data}, {self.kind}: {self.method} {self.weight:g}",
-            f"rate {self.rate:g}, {self.epochs} epochs of {self.batch_size}, seed {self.seed}",
+            f"{self.kind}: {self.method} {self.weight:g}, rate {self.rate:g}, seed {self.seed}"
         ]
+        if self.batch_size != DATA[self.data].batch_size:
+            words.append(f"batches of {self.batch_size}")
         if self.scale != 1:
             words.append(f"scale {self.scale:g}")
         return ", ".join([*words, *(["tuning"] if self.tuning else [])])

@@ -45,8 +45,12 @@ ROWS = (
     Row("square"),
     Row("balanced"),
 )
-# On one data set each, to tell why.
-MORE_ROWS = {"few": (Row("gradient"),), "digits": (Row("norm"),)}
+# Where they tell why.
+MORE_ROWS = {
+    "digits": (Row("norm"),),
+    "few": (Row("norm"), Row("gradient")),
+    "text": (Row("norm"),),
+}
 # The norm sweep: data, scales of the features, sizes of the batches, seeds.
 SWEEP_DATA, SWEEP_SEEDS = "digits", 5
 SCALES, BATCH_SIZES = (0.01, 0.1, 1.0, 10.0, 100.0), (16, 256)

@@ -67,10 +67,10 @@ def summary(studies: Sequence[Study]) -> str:
     free, square = _chosen(studies)
     rows = (CENTER, PAPER, free, square)
     titles = (
-        "center loss, weight tuned",
-        f"separate, paper's form, {PAPER_WEIGHT}",
-        f"separate, `scale_free`, {free.weight:g}",
-        f'separate, `scale_free`, `"square"`, {square.weight:g}',
+        "center loss",
+        f"separate, paper's form at {PAPER_WEIGHT}",
+        f"`scale_free` at {free.weight:g}",
+        f'`scale_free` and `"square"` at {square.weight:g}',
     )
     lines = []
     for study in studies:
