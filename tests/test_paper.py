@@ -79,7 +79,9 @@ def test_the_command_writes_a_page_and_goes_on(tmp_path: Path) -> None:
     measured = json.loads((output / "results.json").read_text())["measured"]
     assert len(measured) == 3
     assert not list((output / "checkpoints").iterdir())
-    assert len(list(output.glob("*.png"))) == 3
+    pictures_ = sorted(path.name for path in output.glob("*.png"))
+    assert len(pictures_) == 3
+    assert all(f"]({name})" in page for name in pictures_)
     again = command(*given)
     assert "epoch 1/2" not in again.stdout
     assert (output / "paper.md").read_text() == page

@@ -61,11 +61,12 @@ def main(arguments: list[str] | None = None) -> None:
         mixed_precision=options.precision,
         step_scheduler_with_optimizer=False,
     )
-    said = ("model", "weights", "neck", "epochs", "batch_size", "size", "precision", "votes")
+    said = ("model", "neck", "epochs", "batch_size", "size", "precision", "votes")
     results = Results(
         options.output / "results.json",
         {
             **{name: getattr(options, name) for name in said},
+            "weights": options.weights and Path(options.weights).name,
             "processes": accelerator.num_processes,
             "pictures": {one.name: len(one.training.target) for one in trained},
         },
@@ -95,13 +96,12 @@ def _once(
     key = recipe.key(data.name)
     if key in results.measured or results.redraw:
         return
-    name = "".join(letter if letter.isalnum() else "-" for letter in key)
-    checkpoint = options.output / "checkpoints" / f"{name}.pt"
+    checkpoint = options.output / "checkpoints" / f"{tables.file_name(key)}.pt"
     record, found, centers = run(recipe, data, tested, accelerator, checkpoint, options.workers)
     if accelerator.is_main_process:
         results.once(key, partial(dict, record))
         if recipe.seed == 0 and recipe.feature_dim is None:
-            tables.draw(found, centers, data.class_names, options.output / f"{name}.png")
+            tables.draw(found, centers, data.class_names, options.output / tables.picture_name(key))
     else:
         results.measured[key] = record
 

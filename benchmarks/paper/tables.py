@@ -17,7 +17,7 @@ from benchmarks.quality.statistics import show_spread
 from benchmarks.report import Results, provenance, table
 from separate_loss import metrics, plots
 
-__all__ = ["draw", "page"]
+__all__ = ["draw", "file_name", "page", "picture_name"]
 
 Jobs = Sequence[tuple[Recipe, TrainingSet]]
 # The paper's Table 1 of RAF-DB, softmax loss and both.
@@ -36,7 +36,7 @@ def page(results: Results, jobs: Jobs, tested: Mapping[str, Part]) -> str:
     parts = [
         "# The paper's experiment",
         f"Written by `python -m benchmarks paper`. {settings['model']}, weights: "
-        f"{Path(settings['weights'] or 'its library').name}"
+        f"{settings['weights'] or 'its library'}"
         f"{', a neck' if settings['neck'] else ''}; pictures of {settings['size']} pixels, batches "
         f"of {settings['batch_size']} on {settings['processes']} process(es), SGD at "
         f"{recipe.rate}. {DIFFERENCES}",
@@ -73,6 +73,11 @@ def _of_one(found: Mapping[str, Any], jobs: Jobs, tested: Mapping[str, Part]) ->
     swept = {one: runs for one, runs in groups.items() if one.feature_dim is not None}
     if len(usual) > len(METHODS) or swept:
         parts += ["### Weights and sizes of the features (Figure 4)", _swept(groups)]
+    parts.append("### Features of the first seed, by t-SNE (Figure 3)")
+    for recipe in usual:
+        text = "Features by t-SNE, classes in colour, with true and learned centers"
+        picture = picture_name(recipe.key(data.name))
+        parts += [_title(recipe), f"![{text}: {recipe.method}]({picture})"]
     parts += ["### Confusions of the first seed, rows for true classes"]
     for recipe, runs in usual.items():
         rows = [
@@ -81,6 +86,16 @@ def _of_one(found: Mapping[str, Any], jobs: Jobs, tested: Mapping[str, Part]) ->
         ]
         parts += [_title(recipe), table(["", *data.class_names], rows)]
     return parts
+
+
+def picture_name(key: str) -> str:
+    """The file that shows a run's features."""
+    return f"{file_name(key)}.png"
+
+
+def file_name(key: str) -> str:
+    """A run's key without what files' names should not have."""
+    return "-".join("".join(one if one.isalnum() else " " for one in key).split())
 
 
 def _counts(data: TrainingSet) -> Mapping[str, int]:
