@@ -19,7 +19,7 @@ from benchmarks.quality.runs import Setting, run
 from benchmarks.quality.study import Study
 from benchmarks.report import REDRAW, Results, write
 
-QUICK_SAMPLES = 400
+QUICK_SAMPLES = 200
 NEEDS = {"faces": ("faces",), "pretrained": ("faces", "weights")}
 
 

@@ -85,7 +85,7 @@ def start(
     sides: Sides | None = None,
     most: int | None = None,
 ) -> Training:
-    """Sets a training up: of the samples of `sides` rather than of the data set's, `most` of them.
+    """Sets a training up: on `sides` rather than those of the data set, of `most` samples each.
 
     Methods start from the same weights under the same seed, and see the same batches.
     """
@@ -94,8 +94,7 @@ def start(
         sides, classes = data.sides(place, setting.seed, setting.tuning), data.classes(place)
     else:
         classes = int(sides.training.labels.max()) + 1
-    training, measured = (Split(*(part.to(device) for part in side)) for side in sides)
-    training = Split(*(part[:most] for part in training))
+    training, measured = (Split(*(part[:most].to(device) for part in side)) for side in sides)
     torch.manual_seed(setting.seed)
     model = data.network(place, setting.kind, classes, setting.scale).to(device)
     counts = training.labels.bincount(minlength=classes)

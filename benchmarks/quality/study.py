@@ -81,7 +81,7 @@ class Study:
         self.seeds, self.tuning_seeds = self.data.seeds, self.data.tuning_seeds
         self.epochs = self.data.epochs
         if quick:
-            self.seeds, self.tuning_seeds, self.epochs = 2, 1, min(5, self.epochs)
+            self.seeds, self.tuning_seeds, self.epochs = 2, 1, max(1, self.epochs // 6)
         self.rates: dict[FeatureKind, float] = {}
         self.weights: dict[tuple[FeatureKind, str], float] = {}
         # Accuracies on the tuning part by weight.
