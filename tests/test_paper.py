@@ -12,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.expressions import BASIC, Part
+from benchmarks.expressions import BASIC, COMPOUND, Part
+from benchmarks.paper import command as commands
 from benchmarks.paper import runs
 from benchmarks.paper.runs import Recipe, run
 from benchmarks.paper.sets import TrainingSet
+from tests.test_expressions import affectnet_csv, fer_csv, raf_db_list
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,19 +39,11 @@ def folders(home: Path, count: int, seed: int) -> Path:
     return home
 
 
+SMALL = ["--model", "test_resnet", "--weights", "none", "--size", "32", "--workers", "0", "--cpu"]
+
+
 def command(*arguments: object, launch: tuple[str, ...] = ("-m", "benchmarks")) -> Any:
-    words = [sys.executable, *launch, "paper", *map(str, arguments)]
-    words += [
-        "--model",
-        "test_resnet",
-        "--weights",
-        "none",
-        "--size",
-        "32",
-        "--workers",
-        "0",
-        "--cpu",
-    ]
+    words = [sys.executable, *launch, "paper", *map(str, arguments), *SMALL]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         words, capture_output=True, text=True, check=False, cwd=ROOT, env=environment
@@ -90,6 +84,35 @@ def test_the_command_writes_a_page_and_goes_on(tmp_path: Path) -> None:
     assert "holds figures for batch_size 100, and this run has 7" in other.stderr
 
 
+def test_every_set_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All that can be trained on and tested on, and the sweeps, in this process."""
+    monkeypatch.setattr(commands, "SWEPT", {"weights": (0.5,), "features": (16,)})
+    homes = {
+        "raf-db": raf_db_list(tmp_path / "raf" / "basic").parent,
+        "raf-db-compound": raf_db_list(tmp_path / "raf" / "compound", COMPOUND).parent,
+        "affectnet": affectnet_csv(tmp_path / "affectnet"),
+        "mmi": folders(tmp_path / "mmi", 7, 2),
+        "fer-2013": fer_csv(tmp_path / "fer2013.csv"),
+    }
+    given = [word for name, home in homes.items() for word in (f"--{name}", str(home))]
+    folders(tmp_path / "CK+48", 6, 3)  # the first six classes: no neutral
+    given += ["--ck-plus", str(tmp_path), "--folder", f"own={tmp_path / 'mmi'}"]
+    output = tmp_path / "out"
+    given += ["--sweep", "weights", "features", "--epochs", "1", "--neck", "--output", str(output)]
+    commands.main([*given, *SMALL])
+    page = (output / "paper.md").read_text()
+    assert page in capsys.readouterr().out
+    for title in ("RAF-DB basic", "RAF-DB compound", "AffectNet"):
+        assert f"## {title}" in page
+    assert page.count("| FER-2013, 7 pictures |") == 2 * 3  # not beside compound expressions
+    assert page.count("CK+, 6 pictures, without neutral") == 2 * 3
+    assert page.count(", 16 features |") == 3
+    measured = json.loads((output / "results.json").read_text())["measured"]
+    assert len(measured) == 3 * 4
+
+
 def test_two_processes(tmp_path: Path) -> None:
     home, output = tmp_path / "raf", tmp_path / "out"
     folders(home / "train", 28, 0), folders(home / "test", 7, 1)
@@ -119,8 +142,6 @@ def test_nonsense_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from benchmarks.paper import command as commands  # noqa: PLC0415
-
     folders(tmp_path / "raf" / "train", 7, 0), folders(tmp_path / "raf" / "test", 7, 1)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
