@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.backbone import DEVIATION, MEAN, Classifier
@@ -32,16 +32,14 @@ def check(path: Path) -> None:
         )
 
 
-class FaceClassifier(nn.Module):
+class FaceClassifier(Classifier):
     """Of faces (N, 1, 48, 48) as `faces` has them, (grey - 128) / 64: features and logits."""
 
     def __init__(self, weights: Path | None, kind: FeatureKind, num_classes: int) -> None:
-        super().__init__()
-        self.model = Classifier("mobilenet_v2", weights or "none", num_classes, neck=kind == "neck")
+        super().__init__("mobilenet_v2", weights or "none", num_classes, neck=kind == "neck")
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        grey = F.interpolate((images * 64 + 128) / 255, SIZE, mode="bilinear", align_corners=False)
+        grey = (images * 64 + 128) / 255
+        grey = F.interpolate(grey, SIZE, mode="bilinear", align_corners=False)
         mean, deviation = (grey.new_tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
-        features: Tensor
-        features, logits = self.model((grey - mean) / deviation)
-        return features, logits
+        return super().forward((grey - mean) / deviation)

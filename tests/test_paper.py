@@ -171,6 +171,7 @@ def test_an_interrupted_training_goes_on_from_its_last_epoch(
         with pytest.raises(KeyboardInterrupt):
             run(recipe, data, {}, accelerator, path, 0)
     assert path.exists()
+    with pytest.raises(ValueError, match="pass --fresh to drop it"):
+        run(recipe._replace(rate=0.02), data, {}, accelerator, path, 0)
     found, _, _ = run(recipe, data, {}, accelerator, path, 0)
     assert found == expected
-    assert not path.exists()

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -71,9 +72,12 @@ def main(arguments: list[str] | None = None) -> None:
             "pictures": {one.name: len(one.training.target) for one in trained},
         },
         device=accelerator.device.type,
-        fresh=options.fresh and accelerator.is_main_process,
+        fresh=options.fresh,
         redraw=options.redraw,
     )
+    if options.fresh and accelerator.is_main_process:
+        shutil.rmtree(options.output / "checkpoints", ignore_errors=True)
+    accelerator.wait_for_everyone()
     jobs = list(_jobs(options, trained))
     for number, (recipe, data) in enumerate(jobs, 1):
         if accelerator.is_main_process:
@@ -100,6 +104,7 @@ def _once(
     record, found, centers = run(recipe, data, tested, accelerator, checkpoint, options.workers)
     if accelerator.is_main_process:
         results.once(key, partial(dict, record))
+        checkpoint.unlink(missing_ok=True)
         if recipe.seed == 0 and recipe.feature_dim is None:
             tables.draw(found, centers, data.class_names, options.output / tables.picture_name(key))
     else:

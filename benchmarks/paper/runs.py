@@ -1,6 +1,5 @@
 """One training by accelerate: on a CPU, a GPU or several, resumable after each epoch."""
 
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,16 +77,19 @@ def run(
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     if criterion is not None:
         criterion.to(accelerator.device)
-    state = _State(accelerator.unwrap_model(model), criterion, optimizer, schedule, checkpoint)
+    of_what = f"{data.name}, {len(target)} pictures, {recipe}"
+    state = _State(
+        accelerator.unwrap_model(model), criterion, optimizer, schedule, checkpoint, of_what
+    )
     course, begin = state.load()
     loss = objective(criterion, method, recipe.weight)
     began = time.perf_counter()
+    found = None
     for epoch in range(begin, recipe.epochs):
         torch.manual_seed(1000 * recipe.seed + epoch)
-        values = [
-            float(value) for value in steps(model, loader, loss, [optimizer], accelerator.backward)
-        ]
-        if not all(map(math.isfinite, values)):
+        # Read once an epoch: a step waits for no value.
+        values = torch.stack([*steps(model, loader, loss, [optimizer], accelerator.backward)])
+        if not values.isfinite().all():
             raise ValueError(f"the loss is not finite in epoch {epoch + 1}: lower the rate")
         schedule.step()
         found = _evaluate(model, data.reported, recipe, accelerator, workers)
@@ -97,11 +99,12 @@ def run(
             left = (time.perf_counter() - began) / (epoch + 1 - begin) * (recipe.epochs - epoch - 1)
             print(
                 f"{recipe.key(data.name)}, epoch {epoch + 1}/{recipe.epochs}: loss "
-                f"{sum(values) / len(values):.3f}, accuracy {course[-1]['accuracy']:.2f} %, "
+                f"{values.mean():.3f}, accuracy {course[-1]['accuracy']:.2f} %, "
                 f"{left / 60:.0f} min left of this run",
                 flush=True,
             )
-    found = _evaluate(model, data.reported, recipe, accelerator, workers)
+    if found is None:
+        found = _evaluate(model, data.reported, recipe, accelerator, workers)
     record: dict[str, Any] = {**summary(*found, state.centers)}
     record["inter_learned"] = None
     if state.centers is not None:
@@ -113,7 +116,6 @@ def run(
         for name, part in others.items()
         if classes == 7
     }
-    checkpoint.unlink(missing_ok=True)
     return record, found, state.centers
 
 
@@ -125,6 +127,7 @@ class _State(NamedTuple):
     optimizer: Any
     schedule: Any
     path: Path
+    of_what: str
 
     @property
     def centers(self) -> Tensor | None:
@@ -135,6 +138,11 @@ class _State(NamedTuple):
         if not self.path.exists():
             return [], 0
         stored = torch.load(self.path, weights_only=True, map_location="cpu")
+        if stored["of_what"] != self.of_what:
+            raise ValueError(
+                f"{self.path} is of {stored['of_what']}, and this run of {self.of_what}: pass "
+                "--fresh to drop it, or another --output"
+            )
         self.model.load_state_dict(stored["model"])
         self.optimizer.load_state_dict(stored["optimizer"])
         self.schedule.load_state_dict(stored["schedule"])
@@ -152,6 +160,7 @@ class _State(NamedTuple):
                 "schedule": self.schedule.state_dict(),
                 "course": course,
                 "epoch": epoch,
+                "of_what": self.of_what,
             }
             half = self.path.with_suffix(".half")
             torch.save(content, half)

@@ -70,8 +70,7 @@ def _of_one(found: Mapping[str, Any], jobs: Jobs, tested: Mapping[str, Part]) ->
     ]
     if tested and len(data.class_names) == len(BASIC):
         parts += ["### On data that were not trained on", _across(data, usual, tested)]
-    swept = {one: runs for one, runs in groups.items() if one.feature_dim is not None}
-    if len(usual) > len(METHODS) or swept:
+    if sum(one.method == "paper" for one in groups) > 1:
         parts += ["### Weights and sizes of the features (Figure 4)", _swept(groups)]
     parts.append("### Features of the first seed, by t-SNE (Figure 3)")
     for recipe in usual:

@@ -112,30 +112,22 @@ def fingerprint(path: Path) -> str:
     return f"{len(found.labels)} faces, {digest[:12]}"
 
 
+_DIGITS = DataSet(
+    "digits, half of 1,797",
+    _half,
+    lambda _, kind, classes, scale: digits.DigitClassifier(kind, scale, classes),
+    lambda _: digits.NUM_CLASSES,
+    feature_dim=digits.FEATURE_DIM,
+    epochs=30,
+    batch_size=32,
+    seeds=10,
+    tuning_seeds=3,
+    rates=(0.001, 0.003, 0.01),
+)
 DATA = {
-    "digits": DataSet(
-        "digits, half of 1,797",
-        _half,
-        lambda _, kind, classes, scale: digits.DigitClassifier(kind, scale, classes),
-        lambda _: digits.NUM_CLASSES,
-        feature_dim=digits.FEATURE_DIM,
-        epochs=30,
-        batch_size=32,
-        seeds=10,
-        tuning_seeds=3,
-        rates=(0.001, 0.003, 0.01),
-    ),
-    "few": DataSet(
-        "digits, 10 labels a class",
-        _few,
-        lambda _, kind, classes, scale: digits.DigitClassifier(kind, scale, classes),
-        lambda _: digits.NUM_CLASSES,
-        feature_dim=digits.FEATURE_DIM,
-        epochs=60,
-        batch_size=32,
-        seeds=10,
-        tuning_seeds=3,
-        rates=(0.003, 0.01, 0.03),
+    "digits": _DIGITS,
+    "few": _DIGITS._replace(
+        title="digits, 10 labels a class", sides=_few, epochs=60, rates=(0.003, 0.01, 0.03)
     ),
     "text": DataSet(
         "source code as text, 14 packages",
