@@ -8,7 +8,6 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -42,10 +41,10 @@ def main(arguments: list[str] | None = None) -> None:
     kept.add_argument("--redraw", action="store_true", help=REDRAW)
     options = parser.parse_args(arguments)
     names = _names(parser, options)
-    marks: dict[str, Any] = {"quick": options.quick}
+    mark = None
     try:
         if options.faces is not None:
-            marks["faces"] = data.fingerprint(options.faces)
+            mark = data.fingerprint(options.faces)
         if options.weights is not None:
             mobilenet.check(options.weights)
     except (FileNotFoundError, ValueError) as error:
@@ -60,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         pool = ProcessPoolExecutor(options.workers, get_context("spawn"))
     for name in names:
         path = options.output / f"{name}.json"
-        settings = {"quick": options.quick, "faces": marks.get("faces") if name in NEEDS else None}
+        settings = {"quick": options.quick, "faces": mark if name in NEEDS else None}
         if options.redraw and path.exists():
             settings = json.loads(path.read_text())["settings"]
         results = Results(

@@ -119,15 +119,15 @@ class Study:
             if setting.key() in self.found
         }
 
-    def difference(
-        self, kind: FeatureKind, row: Row, other: Row, what: str = "accuracy"
-    ) -> Interval | None:
-        """Of a figure, paired by seed; None where two pairs are not there."""
+    def difference(self, kind: FeatureKind, row: Row, other: Row) -> Interval | None:
+        """Of accuracies, paired by seed; None where two pairs are not there."""
         first, second = (self.figures(kind, one) for one in (row, other))
         seeds = sorted(first.keys() & second.keys())
         if len(seeds) < 2:
             return None
-        ours, theirs = ([found[seed][what] or 0.0 for seed in seeds] for found in (first, second))
+        ours, theirs = (
+            [found[seed]["accuracy"] or 0.0 for seed in seeds] for found in (first, second)
+        )
         return paired(ours, theirs)
 
     def sweep_places(self) -> list[tuple[FeatureKind, float, int, Row]]:
