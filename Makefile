@@ -27,7 +27,7 @@ test-torch:
 	grep -E '^(hypothesis|numpy|pytest)==' constraints.txt > $(ENVIRONMENT)/requirements.txt; \
 	$(ENVIRONMENT)/bin/pip install --quiet -r $(ENVIRONMENT)/requirements.txt torch==$(TORCH); \
 	$(ENVIRONMENT)/bin/python -m pytest $(CORE:%=tests/test_%.py) separate_loss \
-		$(addprefix --ignore=separate_loss/,ops plots.py sharded.py)
+		$(addprefix --ignore=separate_loss/,_triton plots.py sharded.py)
 
 # On a machine with a CUDA GPU, where pip brings a torch for it.
 test-cuda: $(INSTALLED)

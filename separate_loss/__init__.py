@@ -1,9 +1,9 @@
 """The separate loss of Li et al. (ACML 2019) for PyTorch: compact classes, far apart."""
 
 from separate_loss import functional, metrics
+from separate_loss._modules import SeparateLoss, Terms
+from separate_loss._softmax import SoftmaxSeparateLoss, SoftmaxSeparateTerms
 from separate_loss.functional import separate_loss
-from separate_loss.modules import SeparateLoss, Terms
-from separate_loss.softmax import SoftmaxSeparateLoss, SoftmaxSeparateTerms
 
 __all__ = [
     "SeparateLoss",

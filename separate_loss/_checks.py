@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from separate_loss._torch import assert_on_device, under_vmap
+from separate_loss._torch import under_vmap
+from separate_loss._tracing import has_values
 
 Reduction = Literal["none", "mean", "sum"]
 CenterUpdate = Literal["paper", "gradient", "none"]
@@ -38,7 +39,7 @@ def check_bool(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
-def check_rate(name: str, value: object) -> None:
+def check_nonnegative(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (float, int)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
     if not 0 <= value < math.inf:
@@ -47,7 +48,7 @@ def check_rate(name: str, value: object) -> None:
 
 def check_center_lr(value: object) -> None:
     if value is not None:
-        check_rate("center_lr", value)
+        check_nonnegative("center_lr", value)
 
 
 def check_tensor(name: str, value: Tensor) -> None:
@@ -104,7 +105,7 @@ def check_center_init(
         )
 
 
-def check_set(name: str, value: Tensor, is_set: bool) -> None:
+def check_initialized(name: str, value: Tensor, is_set: bool) -> None:
     """Values that somebody set, and finite. Reads them, so it is for a first call."""
     how = "call reset_parameters(), or load a checkpoint that holds them"
     if value.is_meta or type(value) not in (Tensor, Parameter) or under_vmap(value):
@@ -162,7 +163,7 @@ def check_logits(logits: Tensor, target: Tensor, class_dim: int, num_classes: in
         )
 
 
-def check_entered(
+def check_head_input(
     features: Tensor, output_shape: torch.Size, class_dim: int, feature_dim: int
 ) -> None:
     """Features that entered a head which left samples as they were, in number and order."""
@@ -183,7 +184,7 @@ def check_entered(
         )
 
 
-def check_beside_centers(features: Tensor, centers: Tensor, weight: Tensor | None = None) -> None:
+def check_matches_centers(features: Tensor, centers: Tensor, weight: Tensor | None = None) -> None:
     """Features (*, d) and class weights (C,) that fit the centers (C, d)."""
     num_classes, feature_dim = centers.shape
     if features.shape[-1] != feature_dim:
@@ -205,7 +206,7 @@ def check_weight(weight: Tensor, num_classes: int) -> None:
             f"weight must have shape ({num_classes},), one value per class, "
             f"got {tuple(weight.shape)}"
         )
-    if can_read(weight) and not bool((weight >= 0).all()):
+    if has_values(weight) and not bool((weight >= 0).all()):
         raise ValueError(f"weight must not be negative or NaN, got a least value of {weight.min()}")
 
 
@@ -214,44 +215,3 @@ def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> No
         raise ValueError(
             f"{name} must be on {other.device}, as {other_name} is, got {value.device}"
         )
-
-
-def split_ignored(
-    target: Tensor, num_classes: int, ignore_index: int
-) -> tuple[Tensor, Tensor | None]:
-    """Class indices as int64 with 0 in place of `ignore_index`, and which samples count.
-
-    None in the second place says that all do. A label outside [0, C) raises IndexError where its
-    value can be read at once, and else fails an assertion on the device, which costs no wait.
-    """
-    target = target.long()
-    if not can_read(target):
-        kept = target != ignore_index
-        target = target.where(kept, 0)
-        if torch.compiler.is_compiling() or not under_vmap(target):
-            assert_on_device(
-                ((target >= 0) & (target < num_classes)).all(),
-                f"target must hold class indices in [0, {num_classes}) or ignore_index",
-            )
-        return target, kept
-    if target.numel() == 0:
-        return target, None
-    bounds = target.aminmax()
-    least, most = bounds.min.item(), bounds.max.item()
-    if least >= 0 and most < num_classes and not least <= ignore_index <= most:
-        return target, None
-    kept = target != ignore_index
-    target = target.where(kept, 0)
-    wrong = target[(target < 0) | (target >= num_classes)]
-    if wrong.numel():
-        raise IndexError(
-            f"target must hold class indices in [0, {num_classes}) or ignore_index "
-            f"({ignore_index}), got {int(wrong[0])}"
-        )
-    return target, kept
-
-
-def can_read(value: Tensor) -> bool:
-    """Whether Python may look at the values: on the CPU, and not while tracing or under vmap."""
-    plain = value.is_cpu and type(value) in (Tensor, Parameter)
-    return plain and not torch.compiler.is_compiling() and not under_vmap(value)

@@ -11,34 +11,24 @@ cosine with anything is 0, and so is their gradient. One exception: `backward` c
 autocast region runs the matrix products of class probabilities in half precision.
 """
 
-import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
-
 import torch
 from torch import Tensor
 
-from separate_loss import ops
+from separate_loss._batch import Options, check_arguments, compute_dtype, prepare_batch
 from separate_loss._checks import (
-    REDUCTIONS,
     SEPARATIONS,
     Reduction,
     Separation,
-    can_read,
-    check_batch,
-    check_beside_centers,
-    check_bool,
     check_center_lr,
     check_centers,
     check_choice,
     check_device,
-    check_int,
     check_vectors,
-    split_ignored,
 )
-
-if TYPE_CHECKING:
-    from separate_loss.ops.fused import Step
+from separate_loss._ops import clamp_value, gather_centers, gram_matrix, normalize
+from separate_loss._separation import count_nonzero
+from separate_loss._separation import separation as separation_of
+from separate_loss._step import expected_centers, intra_class, reduce, run_step
 
 __all__ = [
     "inter_class_loss",
@@ -87,9 +77,9 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError(
             f"b must have a shape that broadcasts with {tuple(a.shape)}, got {tuple(b.shape)}"
         ) from None
-    dtype = _compute_dtype(a, b)
-    (a, _), (b, _) = ops.unit(a.to(dtype)), ops.unit(b.to(dtype))
-    return ops.within(((a * b).sum(-1) + 1) / 2, 0, 1)
+    dtype = compute_dtype(a, b)
+    (a, _), (b, _) = normalize(a.to(dtype)), normalize(b.to(dtype))
+    return clamp_value(((a * b).sum(-1) + 1) / 2, 0, 1)
 
 
 def intra_class_loss(
@@ -116,16 +106,15 @@ def intra_class_loss(
         tensor([0.0000, 1.0000, 0.5000])
 
     """
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_bool("scale_free", scale_free)
-    batch = read_batch(features, target, centers, weight, ignore_index, scale_free=scale_free)
-    units, _ = ops.unit(batch.features)
-    if batch.target.is_floating_point():
-        cosines = (units * _mix(batch, ops.unit(batch.centers)[0])).sum(-1)
-    else:
-        rows, _ = ops.unit(batch.centers.index_select(0, batch.target))
-        cosines = ops.within((units * rows).sum(-1), -1, 1)
-    loss = reduce(intra_terms(batch, cosines), batch.mass, None, reduction)
+    options = Options(weight, ignore_index, reduction, scale_free)
+    check_arguments(features, target, centers, options)
+    batch = prepare_batch(features, target, centers, options)
+    if batch.has_probabilities:
+        target_centers = expected_centers(batch, normalize(batch.centers)[0])
+    else:  # without the other centers
+        target_centers, _ = normalize(batch.centers.index_select(0, batch.target))
+    intra = intra_class(batch, target_centers).loss
+    loss = reduce(intra, batch.sample_weight, None, reduction)
     return loss.reshape(features.shape[:-1]) if reduction == "none" else loss
 
 
@@ -173,11 +162,11 @@ def inter_class_loss(centers: Tensor, *, separation: Separation = "mean") -> Ten
     """
     check_choice("separation", separation, SEPARATIONS)
     check_centers("centers", centers)
-    centers = centers.to(_compute_dtype(centers))
-    if separation == "square":
-        return ops.square(centers)[0]
-    none = torch.zeros(0, dtype=torch.long, device=centers.device)
-    return ops.compare(centers[:0], centers, none)[1]
+    centers = centers.to(compute_dtype(centers))
+    no_samples = torch.zeros(0, dtype=torch.long, device=centers.device)
+    _, center_sum, norms = gather_centers(centers, no_samples)
+    gram = gram_matrix(centers) if separation == "square" else None
+    return separation_of(center_sum, gram, count_nonzero(norms), len(norms))
 
 
 def separate_loss(
@@ -230,17 +219,8 @@ def separate_loss(
         tensor(0.8750)
 
     """
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("separation", separation, SEPARATIONS)
-    check_bool("scale_free", scale_free)
-    form = Form(scale_free, separation)
-    if reduction == "mean":
-        step = read_fused(features, target, centers, weight, ignore_index, form)
-        if step is not None:
-            return step.loss
-    reading = read(features, target, centers, weight, ignore_index, form)
-    loss = reduce(reading.intra, reading.batch.mass, reading.inter, reduction)
-    return loss.reshape(features.shape[:-1]) if reduction == "none" else loss
+    options = Options(weight, ignore_index, reduction, scale_free, separation)
+    return run_step(features, target, centers, options).loss
 
 
 def update_centers(
@@ -297,266 +277,9 @@ def update_centers(
 
     """
     check_center_lr(center_lr)
-    check_choice("separation", separation, SEPARATIONS)
-    form = Form(separation=separation)
+    options = Options(ignore_index=ignore_index, separation=separation)
     with torch.no_grad():
-        step = read_fused(features, target, centers, None, ignore_index, form)
-        if step is not None:
-            moved = centers.clone()
-            step.move_(moved, center_lr, start=False)
-            return moved
-        reading = read(features, target, centers, None, ignore_index, form)
-        moved = torch.empty_like(reading.batch.centers)
-        move_centers_(moved, reading, center_lr)
-        return moved.to(centers.dtype)
-
-
-# Shared with the module, not public.
-
-
-class Batch(NamedTuple):
-    """Arguments that were checked and brought to one type and one leading dimension."""
-
-    features: Tensor  # (N, d)
-    target: Tensor  # (N,) or (N, C)
-    counted: Tensor | None  # (N,), 1 where a sample counts and 0 where not; None: all count
-    mass: Tensor | None  # (N,), the weight of each sample, 0 where it does not count; None: all 1
-    centers: Tensor  # (C, d)
-    weight: Tensor | None  # (C,)
-
-
-class Form(NamedTuple):
-    """What of the loss differs from the paper."""
-
-    scale_free: bool = False
-    separation: Separation = "mean"
-
-
-class Reading(NamedTuple):
-    """What one reading of a batch and of the centers yields."""
-
-    batch: Batch
-    intra: Tensor  # (N,), the summands of Eq. 2 times mass
-    inter: Tensor  # scalar, Eq. 3
-    units: Tensor  # (N, d), the features' directions
-    directions: Tensor  # of the centers: (N, d) under class indices, of all (C, d) otherwise
-    cosines: Tensor  # (N,), of the two under class indices, of mixed directions otherwise
-    norms: Tensor  # (C,), the centers' norms
-    total: Tensor  # (d,), the sum of the centers' directions
-    gram: Tensor | None  # of the centers' directions, for the squared separation
-
-
-def read_batch(
-    features: Tensor,
-    target: Tensor,
-    centers: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    num_classes: int | None = None,
-    *,
-    scale_free: bool = False,
-) -> Batch:
-    """Checks and brings together; `num_classes` where the centers are a part of them."""
-    num_classes = _check(features, target, centers, weight, ignore_index, num_classes)
-    feature_dim = centers.shape[1]
-
-    dtype = _compute_dtype(features, centers)
-    features = features.to(dtype)
-    features = features if features.ndim == 2 else features.reshape(-1, feature_dim)
-    features = ops.scale_free(features) if scale_free else features
-    weight = None if weight is None else weight.to(dtype)
-    counted = mass = None
-    if target.is_floating_point():
-        target = target.to(dtype).reshape(-1, num_classes)
-        mass = target.sum(-1) if weight is None else ops.matmul(target, weight)
-    else:
-        target, kept = split_ignored(target.reshape(-1), num_classes, ignore_index)
-        if kept is not None:
-            counted = mass = kept.to(dtype)
-            features = features.where(kept.unsqueeze(-1), 0)
-        if weight is not None:
-            mass = weight.index_select(0, target)
-            mass = mass if counted is None else mass * counted
-    return Batch(features, target, counted, mass, centers.to(dtype), weight)
-
-
-def _check(
-    features: Tensor,
-    target: Tensor,
-    centers: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    num_classes: int | None = None,
-) -> int:
-    check_int("ignore_index", ignore_index)
-    if num_classes is None:
-        check_centers("centers", centers)
-        num_classes = centers.shape[0]
-    check_batch(features, target, num_classes)
-    check_beside_centers(features, centers, weight)
-    return num_classes
-
-
-def read_fused(
-    features: Tensor,
-    target: Tensor,
-    centers: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    form: Form,
-) -> "Step | None":
-    """What `read` and the mean reduction yield, by fused kernels; None where they do not serve."""
-    if weight is not None or form.separation != "mean" or not ops.may_fuse(centers):
-        return None
-    _check(features, target, centers, weight, ignore_index)
-    kernels = ops.kernels_for(features, target, centers)
-    if kernels is None:
-        return None
-    features = features.reshape(-1, centers.shape[1])
-    if form.scale_free:
-        # In the wider type, as a gradient in half precision may be too small before it is scaled.
-        features = ops.scale_free(features.to(_compute_dtype(features, centers)))
-    step: Step = kernels.read(features, target.reshape(-1), centers, ignore_index)
-    return step
-
-
-def read(
-    features: Tensor,
-    target: Tensor,
-    centers: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    form: Form,
-) -> Reading:
-    batch = read_batch(features, target, centers, weight, ignore_index, scale_free=form.scale_free)
-    square = ops.square(batch.centers) if form.separation == "square" else None
-    if batch.target.is_floating_point():
-        units, _ = ops.unit(batch.features)
-        directions, norms = ops.unit(batch.centers)
-        cosines = (units * _mix(batch, directions)).sum(-1)
-        if square is None:
-            total = directions.sum(0)
-            inter = ops.inter(total, norms)
-    elif square is None:
-        cosines, inter, total, units, directions, _, norms = ops.compare(
-            batch.features, batch.centers, batch.target
-        )
-    else:
-        units, _ = ops.unit(batch.features)
-        directions, _ = ops.unit(batch.centers.index_select(0, batch.target))
-        cosines = ops.within((units * directions).sum(-1), -1, 1)
-    gram = None
-    if square is not None:
-        inter, norms, total, gram = square
-    intra = intra_terms(batch, cosines)
-    return Reading(batch, intra, inter, units, directions, cosines, norms, total, gram)
-
-
-def reduce(
-    intra: Tensor, mass: Tensor | None, inter: Tensor | None, reduction: Reduction
-) -> Tensor:
-    """The loss from the summands of Eq. 2 and, where given, Eq. 3 beside each of them."""
-    if reduction == "mean":
-        if mass is None:
-            mean = intra.mean() if intra.shape[0] else intra.sum()
-        else:
-            total = mass.sum()
-            mean = intra.sum() / total.masked_fill(total == 0, 1)
-        return mean if inter is None else mean + inter
-    if inter is not None:
-        intra = intra + (inter if mass is None else mass * inter)
-    return intra if reduction == "none" else intra.sum()
-
-
-Summed = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From class sums (C, d) and counts (C,) of a part of the batch to those of the whole."""
-
-
-def move_centers_(
-    centers: Tensor,
-    reading: Reading,
-    center_lr: float | None,
-    *,
-    start: bool = False,
-    summed: Summed | None = None,
-) -> None:
-    """Eq. 8 on the centers that were read, in place, or from these into a tensor like them.
-
-    Samples that are not finite are left out; `start` puts zero centers on their samples. `summed`
-    is for a batch of which other processes read the rest.
-    """
-    target, norms, total, gram = reading.batch.target, reading.norms, reading.total, reading.gram
-    read = reading.batch.centers
-    source = None if centers is read else read
-    units, cosines, counted = finite(reading.units, reading.cosines, reading.batch.counted)
-    by_sums = summed or target.is_floating_point() or ops.fewer_classes(centers, target)
-    if by_sums:
-        sums, count = ops.class_sums(units, target, counted, norms.shape[0])
-        sums, count = (sums, count) if summed is None else summed(sums, count)
-    batch_size: Tensor | float = len(target)
-    if summed or counted is not None or target.is_floating_point():
-        batch_size = (count if by_sums or counted is None else counted).sum()
-    rate = ops.rate_for(center_lr, batch_size, len(centers))
-    matrix: Tensor | None = None
-    if gram is not None:
-        push, matrix = ops.push_of_square(total, gram, len(centers), rate)
-        push, matrix = ops.by_dims(push, matrix, read, norms)
-    elif by_sums:
-        push = ops.push_of(total, len(centers), rate)
-    if by_sums:
-        if source is not None:
-            centers.copy_(source)
-        ops.move_by_sums_(
-            centers, norms, push, sums, count,
-            rate=rate, start=start, batch_size=batch_size, matrix=matrix,
-        )  # fmt: skip
-        return
-    if gram is None:
-        ops.push_apart_(centers, norms, total, rate, source=source)
-    else:
-        ops.push_apart_by_(centers, norms, push, matrix, source)
-    ops.pull_by_index_(
-        centers,
-        units,
-        target,
-        counted,
-        rows=reading.directions,
-        cosines=cosines,
-        norms=norms,
-        rate=rate,
-        start=start,
-        batch_size=batch_size,
-    )
-
-
-def finite(
-    units: Tensor, cosines: Tensor, counted: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Directions, cosines and counts without the samples that are not finite."""
-    if can_read(cosines) and math.isfinite(cosines.sum().item()):
-        return units, cosines, counted
-    kept = cosines.isfinite()
-    counted = kept.to(units.dtype) if counted is None else counted.where(kept, 0)
-    return units.where(kept.unsqueeze(-1), 0), cosines.where(kept, 0), counted
-
-
-def intra_terms(batch: Batch, cosines: Tensor) -> Tensor:
-    """The summands of Eq. 2 times mass."""
-    if batch.target.is_floating_point() and batch.mass is not None:
-        return ops.within((batch.mass - cosines) / 2, 0, batch.mass)
-    intra = torch.rsub(cosines, 0.5, alpha=0.5)
-    return intra if batch.mass is None else intra * batch.mass
-
-
-def _mix(batch: Batch, center_units: Tensor) -> Tensor:
-    """Each sample's mean of unit centers under its class probabilities and the class weights."""
-    if batch.weight is not None:
-        center_units = center_units * batch.weight.unsqueeze(-1)
-    return ops.matmul(batch.target, center_units)
-
-
-def _compute_dtype(*tensors: Tensor) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+        step = run_step(features, target, centers, options)
+        moved = centers.clone()
+        step.update_(moved, center_lr)
+        return moved

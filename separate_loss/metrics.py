@@ -10,18 +10,18 @@ from typing import Literal, Self, get_args, overload
 import torch
 from torch import Tensor
 
-from separate_loss import ops
+from separate_loss._batch import mask_ignored
 from separate_loss._checks import (
     check_batch,
-    check_beside_centers,
     check_bool,
     check_centers,
     check_choice,
     check_device,
     check_int,
+    check_matches_centers,
     check_vectors,
-    split_ignored,
 )
+from separate_loss._ops import normalize
 
 __all__ = [
     "ClassStatistics",
@@ -90,14 +90,14 @@ class ClassStatistics:
                 f"got shape {tuple(features.shape)}"
             )
         check_device("features", features, "the statistics", self.sums)
-        index, kept = split_ignored(target.reshape(-1), num_classes, self.ignore_index)
+        index, kept = mask_ignored(target.reshape(-1), num_classes, self.ignore_index)
         vectors = _wide(features.reshape(-1, feature_dim))
         counted = torch.ones_like(vectors[:, 0])
         if kept is not None:
             counted = counted.where(kept, 0)
             vectors = vectors.where(kept.unsqueeze(-1), 0)
         self.sums.index_add_(0, index, vectors)
-        self.unit_sums.index_add_(0, index, ops.unit(vectors)[0])
+        self.unit_sums.index_add_(0, index, normalize(vectors)[0])
         self.counts.index_add_(0, index, counted)
         return self
 
@@ -115,7 +115,7 @@ class ClassStatistics:
         _check_fit("centers", centers, self.sums)
         # The mean cosine of a class is the mean of its unit vectors along its center.
         means = self.unit_sums / self.counts.unsqueeze(-1)
-        return _reduce((means * ops.unit(_wide(centers))[0]).sum(-1), reduction)
+        return _reduce((means * normalize(_wide(centers))[0]).sum(-1), reduction)
 
 
 def class_centers(
@@ -199,7 +199,7 @@ def inter_class_similarity(centers: Tensor, *, reduction: Reduction = "mean") ->
     """
     check_centers("centers", centers)
     check_choice("reduction", reduction, REDUCTIONS)
-    units, _ = ops.unit(_wide(centers))
+    units, _ = normalize(_wide(centers))
     absent = units.isnan().any(-1)
     units = units.masked_fill(absent.unsqueeze(-1), 0)
     others = (~absent).sum() - 1
@@ -231,7 +231,7 @@ def center_agreement(
     check_centers("centers", centers)
     _check_fit("true_centers", true_centers, centers)
     check_choice("reduction", reduction, REDUCTIONS)
-    (units, _), (true_units, _) = ops.unit(_wide(centers)), ops.unit(_wide(true_centers))
+    (units, _), (true_units, _) = normalize(_wide(centers)), normalize(_wide(true_centers))
     return _reduce((units * true_units).sum(-1), reduction)
 
 
@@ -277,14 +277,14 @@ def nearest_center(
     """
     check_vectors("features", features)
     check_centers("centers", centers)
-    check_beside_centers(features, centers)
+    check_matches_centers(features, centers)
     check_bool("return_cosines", return_cosines)
-    units, norms = ops.unit(_wide(centers))
+    units, norms = normalize(_wide(centers))
     missing = ~norms.isfinite()
     indices, cosines = [], []
     # At a time so many samples that their cosines with all centers stay small.
     for part in _wide(features.reshape(-1, centers.shape[1])).split(max(1, 2**22 // len(centers))):
-        found = (ops.unit(part)[0] @ units.mT).masked_fill(missing, -torch.inf)
+        found = (normalize(part)[0] @ units.mT).masked_fill(missing, -torch.inf)
         largest, index = found.max(-1)
         indices.append(index)
         cosines.append(largest.clamp(-1, 1))

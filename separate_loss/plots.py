@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from separate_loss._checks import check_centers
-from separate_loss.ops import unit
+from separate_loss._ops import normalize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,7 +129,7 @@ def center_similarity(
 
     if axes is None:
         axes = plt.figure(figsize=(4, 4), layout="constrained").add_subplot()
-    units, _ = unit(centers.detach().double().cpu())
+    units, _ = normalize(centers.detach().double().cpu())
     cosines = (units @ units.mT).fill_diagonal_(torch.nan)
     image = axes.imshow(cosines.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
     ticks = range(len(centers))

@@ -11,23 +11,22 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from separate_loss import ops
+from separate_loss._batch import Options, check_arguments, prepare_batch
 from separate_loss._checks import (
-    REDUCTIONS,
-    SEPARATIONS,
     CenterInit,
     Reduction,
     Separation,
-    check_bool,
     check_center_init,
     check_center_lr,
-    check_choice,
+    check_initialized,
     check_int,
-    check_set,
 )
-from separate_loss.distributed import check_computed_alike
-from separate_loss.functional import finite, intra_terms, read_batch, reduce
-from separate_loss.modules import Terms, fill
+from separate_loss._distributed import check_same_dtype
+from separate_loss._modules import Terms, init_centers_
+from separate_loss._ops import gather_centers, gram_matrix
+from separate_loss._separation import count_nonzero, separation
+from separate_loss._step import class_sums, finite_samples, intra_class, reduce
+from separate_loss._update import CenterStatistics, update_centers_
 
 __all__ = ["ShardedSeparateLoss"]
 
@@ -99,10 +98,7 @@ class ShardedSeparateLoss(nn.Module):
         check_int("feature_dim", feature_dim, least=1)
         check_center_lr(center_lr)
         check_center_init(center_init, (num_classes, feature_dim), "paper")
-        check_int("ignore_index", ignore_index)
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_bool("scale_free", scale_free)
-        check_choice("separation", separation, SEPARATIONS)
+        Options(None, ignore_index, reduction, scale_free, separation).check()
         if not dist.is_initialized():
             raise RuntimeError("call torch.distributed.init_process_group before sharding centers")
         if device is None:
@@ -147,11 +143,11 @@ class ShardedSeparateLoss(nn.Module):
             # Processes with equal seeds must not draw equal rows.
             seed = int(torch.randint(2**62, ())) + self.centers.device_mesh.get_local_rank()
             generator = torch.Generator(shard.device).manual_seed(seed)
-        fill(shard, self._start, generator)
+        init_centers_(shard, self._start, generator)
         self._checked = False
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
-        """The loss under the centers as they are; then, in training, the centers move."""
+        """Returns the loss; then, in training, updates the centers."""
         if isinstance(target, Tensor) and target.is_floating_point():
             raise TypeError(
                 "target must hold class indices (an integer type) where centers are sharded, "
@@ -160,96 +156,49 @@ class ShardedSeparateLoss(nn.Module):
         with torch.no_grad():
             shard = self.centers.to_local()
         if not self._checked:
-            check_set("centers", shard, is_set=True)
+            check_initialized("centers", shard, is_set=True)
             self._checked = True
-        batch = read_batch(
-            features,
-            target,
-            shard,
-            None,
-            self.ignore_index,
-            self.num_classes,
-            scale_free=self.scale_free,
-        )
-        matrix = None
-        if self.separation == "square":
-            norms, total, matrix = ops.gram(batch.centers)
-        else:
-            norms, total = ops.norms_and_total(batch.centers)
+        options = Options(None, self.ignore_index, self.reduction, self.scale_free, self.separation)
+        check_arguments(features, target, shard, options, self.num_classes)
+        batch = prepare_batch(features, target, shard, options, self.num_classes)
 
-        # Each class travels once, and in order, so that those of one shard stand together.
-        classes, of_sample = batch.target.unique(return_inverse=True)
+        # Each class is sent once, in order, so that classes of one shard are adjacent.
+        classes, class_of_sample = batch.target.unique(return_inverse=True)
         exchange = self._exchange(classes, batch.centers.dtype == torch.float64)
         index = exchange.to_owners(classes) - self._first_row
-        rows = batch.centers.index_select(0, index) / norms.index_select(0, index).unsqueeze(-1)
-        units, _ = ops.unit(batch.features)
-        cosines = (units * exchange.from_owners(rows).index_select(0, of_sample)).sum(-1)
-        cosines = ops.within(cosines, -1, 1)
+        rows, center_sum, norms = gather_centers(batch.centers, index)
+        target_centers = exchange.from_owners(rows).index_select(0, class_of_sample)
+        similarity = intra_class(batch, target_centers)
 
-        # Eq. 3 and the batch's size need every process.
         with torch.no_grad():
-            kept, _, counted = finite(units, cosines, batch.counted)
-            sums, count = ops.class_sums(kept, of_sample, counted, len(classes))
-            whole = self._of_all(norms, total, matrix, count, exchange.group)
-
-        intra = intra_terms(batch, cosines)
-        mean = reduce(intra, batch.mass, None, "mean")
-        self.last_terms = Terms(mean.detach(), whole.inter)
-        if self.training and torch.is_grad_enabled():
-            # Of a class here, the sums of all processes' samples.
-            packed = exchange.to_owners(torch.cat([sums, count.unsqueeze(-1)], dim=-1))
-            sums, count = packed[:, :-1], packed[:, -1]
-            # The shard itself, or a copy of it in the type that was computed in.
-            centers = batch.centers
-            rate = ops.rate_for(self.center_lr, whole.batch_size, self.num_classes)
-            self._push_apart(centers, norms, whole, rate)
-            ops.pull_by_index_(
-                centers,
-                sums,
-                index,
-                count,
-                rows=rows,
-                cosines=(sums * rows).sum(-1),
-                norms=norms,
-                rate=rate,
-                start=True,
-                batch_size=whole.batch_size,
+            units, valid = finite_samples(similarity, batch.valid)
+            sums, counts = class_sums(units, class_of_sample, valid, len(classes))
+            gram = None
+            if self.separation == "square":
+                gram = gram_matrix(batch.centers, by_class=False)
+            num_nonzero, num_samples, center_sum, gram = _all_reduce(
+                exchange.group, count_nonzero(norms), counts.sum(), center_sum, gram
             )
-            if centers is not shard:
-                shard.copy_(centers)
-        loss = reduce(intra, batch.mass, whole.inter, self.reduction)
+        inter = separation(center_sum, gram, num_nonzero, self.num_classes)
+        intra = reduce(similarity.loss, batch.sample_weight, None, "mean")
+        self.last_terms = Terms(intra.detach(), inter)
+        if self.training and torch.is_grad_enabled():
+            with torch.no_grad():
+                packed = exchange.to_owners(torch.cat([sums, counts.unsqueeze(-1)], dim=-1))
+                update_centers_(
+                    batch.centers,
+                    CenterStatistics(norms, center_sum, gram, self.num_classes),
+                    packed[:, :-1],
+                    packed[:, -1],
+                    index,
+                    center_lr=self.center_lr,
+                    num_samples=num_samples,
+                    start_zeros=True,
+                )
+                if batch.centers is not shard:
+                    shard.copy_(batch.centers)
+        loss = reduce(similarity.loss, batch.sample_weight, inter, self.reduction)
         return loss.reshape(features.shape[:-1]) if self.reduction == "none" else loss
-
-    def _of_all(
-        self,
-        norms: Tensor,
-        total: Tensor,
-        matrix: Tensor | None,
-        count: Tensor,
-        group: dist.ProcessGroup,
-    ) -> "_Whole":
-        """The separation and the size of the batch, from each process's part, in one message."""
-        numbers = torch.stack([(norms != torch.inf).sum(), count.sum()])
-        parts = [numbers, total] if matrix is None else [numbers, total, matrix.flatten()]
-        shared = torch.cat(parts)
-        dist.all_reduce(shared, group=group)
-        nonzero, batch_size = shared[:2]
-        total, shared = shared[2:].tensor_split([self.feature_dim])
-        if matrix is None:
-            inter = ops.inter_by_count(total, nonzero, self.num_classes)
-            return _Whole(inter, total, None, batch_size)
-        matrix = shared.view_as(matrix)
-        inter = ops.square_of(total, matrix, nonzero, self.num_classes)
-        return _Whole(inter, total, matrix, batch_size)
-
-    def _push_apart(
-        self, centers: Tensor, norms: Tensor, whole: "_Whole", rate: Tensor | float
-    ) -> None:
-        if whole.matrix is None:
-            ops.push_apart_(centers, norms, whole.total, rate, num_classes=self.num_classes)
-            return
-        push, matrix = ops.push_of_square(whole.total, whole.matrix, self.num_classes, rate)
-        ops.push_apart_by_(centers, norms, push, matrix)
 
     def _exchange(self, classes: Tensor, is_double: bool) -> "_Exchange":
         """From the classes of the own samples, in order, and how the process computes."""
@@ -260,7 +209,7 @@ class ShardedSeparateLoss(nn.Module):
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=mesh.get_group())
         sizes, doubles = torch.stack([sent, received]).permute(2, 0, 1).tolist()
-        check_computed_alike(sum(doubles[1]), mesh.size())
+        check_same_dtype(sum(doubles[1]), mesh.size())
         return _Exchange(mesh.get_group(), *sizes)
 
     def extra_repr(self) -> str:
@@ -274,13 +223,20 @@ class ShardedSeparateLoss(nn.Module):
         )
 
 
-class _Whole(NamedTuple):
-    """What is of all centers and of all samples."""
-
-    inter: Tensor
-    total: Tensor  # (d,), the sum of the centers' directions
-    matrix: Tensor | None  # (d, d), their Gram matrix, for the squared separation
-    batch_size: Tensor
+def _all_reduce(
+    group: dist.ProcessGroup,
+    num_nonzero: Tensor,
+    num_samples: Tensor,
+    center_sum: Tensor,
+    gram: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Sums each of the tensors over all processes, in one message."""
+    parts = [torch.stack([num_nonzero, num_samples]), center_sum]
+    parts += [] if gram is None else [gram.flatten()]
+    packed = torch.cat(parts)
+    dist.all_reduce(packed, group=group)
+    counts, center_sum, rest = packed.tensor_split([2, 2 + len(center_sum)])
+    return counts[0], counts[1], center_sum, None if gram is None else rest.view_as(gram)
 
 
 class _Exchange(NamedTuple):

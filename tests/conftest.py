@@ -5,7 +5,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests import properties
+from tests.helpers import properties
 
 # Before anything imports Triton: its kernels then run on the CPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks import baselines
-from tests import reference
+from tests.helpers import reference
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]

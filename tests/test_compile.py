@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from separate_loss import SeparateLoss, separate_loss
 from separate_loss import functional as F
-from tests.releases import COMPILES_UPDATES
+from tests.helpers.releases import COMPILES_UPDATES
 
 NUM_CLASSES, FEATURE_DIM = 7, 16
 SIZES = [8, 5, 32, 17]

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from separate_loss import SeparateLoss, SoftmaxSeparateLoss, metrics, separate_loss
+from separate_loss._triton import backend
 from separate_loss.functional import update_centers
-from separate_loss.ops import dispatch
-from tests.properties import REDUCTIONS, Problem, assert_equal, holds_for, problems
+from tests.helpers.properties import REDUCTIONS, Problem, assert_equal, holds_for, problems
 
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "0":
     pytest.skip(
@@ -28,9 +28,9 @@ if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "0":
 
 DEVICE = "cuda"
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
-FORMS = ["eager", "fused"]
-if not dispatch.HAS_TRITON:
-    FORMS.remove("fused")
+FORMS = ["torch", "triton"]
+if not backend.HAS_TRITON:
+    FORMS.remove("triton")
 CENTER_LR = 0.5
 
 
@@ -45,11 +45,11 @@ def _seeded() -> Iterator[None]:
 
 @contextmanager
 def form(choice: str) -> Iterator[None]:
-    before, dispatch.CHOICE = dispatch.CHOICE, choice
+    before, backend.BACKEND = backend.BACKEND, choice
     try:
         yield
     finally:
-        dispatch.CHOICE = before
+        backend.BACKEND = before
 
 
 def on_gpu(problem: Problem) -> Problem:
@@ -98,10 +98,10 @@ def test_operators_equal_those_of_a_cpu(
     problem: Problem, dtype: torch.dtype, reduction: str, scale_free: bool, separation: str
 ) -> None:
     options: Any = {"reduction": reduction, "scale_free": scale_free, "separation": separation}
-    assert_equals_cpu(problem, dtype, "eager", CENTER_LR, **options)
+    assert_equals_cpu(problem, dtype, "torch", CENTER_LR, **options)
 
 
-@pytest.mark.skipif("fused" not in FORMS, reason="needs Triton")
+@pytest.mark.skipif("triton" not in FORMS, reason="needs Triton")
 @settings(max_examples=settings().max_examples // 3)  # each size is compiled anew
 @holds_for(
     problem=problems(kind="indices", weighted=False, least_samples=0, most=(64, 40, 300), reach=3),
@@ -112,7 +112,7 @@ def test_operators_equal_those_of_a_cpu(
 def test_kernels_equal_operators_of_a_cpu(
     problem: Problem, dtype: torch.dtype, scale_free: bool, center_lr: float | None
 ) -> None:
-    assert_equals_cpu(problem, dtype, "fused", center_lr, scale_free=scale_free)
+    assert_equals_cpu(problem, dtype, "triton", center_lr, scale_free=scale_free)
 
 
 @pytest.mark.parametrize("choice", FORMS)
@@ -261,7 +261,7 @@ def test_runs_repeat_to_the_bit(choice: str) -> None:
         assert leaf.grad is not None
         return [loss.detach(), leaf.grad, criterion.centers]
 
-    torch.use_deterministic_algorithms(choice == "eager")
+    torch.use_deterministic_algorithms(choice == "torch")
     try:
         with form(choice):
             torch.testing.assert_close(run(), run(), rtol=0, atol=0)
@@ -324,8 +324,8 @@ def test_labels_out_of_range_fail_on_the_device(label: int, choice: str) -> None
     """In a process of its own: the assertion ends all work on the device."""
     found = run_python(
         "import torch, separate_loss\n"
-        "from separate_loss.ops import dispatch\n"
-        f"dispatch.CHOICE = {choice!r}\n"
+        "from separate_loss._triton import backend\n"
+        f"backend.BACKEND = {choice!r}\n"
         "features = torch.randn(4, 5, device='cuda', requires_grad=True)\n"
         f"target = torch.tensor([0, 1, 2, {label}], device='cuda')\n"
         "criterion = separate_loss.SeparateLoss(3, 5, device='cuda')\n"
@@ -343,9 +343,9 @@ def test_nccl_groups(choice: str) -> None:
         found = run_python(
             "import os, torch, torch.distributed as dist\n"
             "from separate_loss import SeparateLoss\n"
-            "from separate_loss.ops import dispatch\n"
+            "from separate_loss._triton import backend\n"
             "from separate_loss.sharded import ShardedSeparateLoss\n"
-            f"dispatch.CHOICE = {choice!r}\n"
+            f"backend.BACKEND = {choice!r}\n"
             "torch.cuda.set_device(0)\n"
             f"dist.init_process_group('nccl', init_method='file://{folder}/store', rank=0,\n"
             "    world_size=1)\n"

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from separate_loss import SeparateLoss, SoftmaxSeparateLoss
 from separate_loss._torch import RELEASE
-from tests.processes import run_in
-from tests.releases import COMPILES_UPDATES, needs_sharding_on_cpu
+from tests.helpers.processes import run_in
+from tests.helpers.releases import COMPILES_UPDATES, needs_sharding_on_cpu
 
 NUM_CLASSES, FEATURE_DIM, INPUT_DIM, BATCH = 5, 4, 6, 12
 STEPS = 50
@@ -188,9 +189,14 @@ def drift(rank: int, size: int) -> list[Tensor]:
     torch.manual_seed(rank)
     centers = []
     alone: Any = [dist.new_group([other]) for other in range(size)][rank]
-    choices: list[Any] = ["each", alone, dist.group.WORLD, "all"]
-    for processes in choices:
-        criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, processes=processes)
+    choices: list[dict[str, Any]] = [
+        {"sync_centers": False},
+        {"process_group": alone},
+        {"process_group": dist.group.WORLD},
+        {},
+    ]
+    for options in choices:
+        criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, **options)
         criterion(torch.randn(8, FEATURE_DIM, requires_grad=True), torch.arange(8) % NUM_CLASSES)
         centers.append(criterion.centers)
     return centers
@@ -262,6 +268,17 @@ def test_types_and_sizes_that_differ_are_refused_by_all() -> None:
         assert "1 of 2 compute in torch.float64, the others in torch.float32" in features
 
 
-def test_nonsense_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"processes must be 'all', 'each' or a .* got 'some'"):
-        SeparateLoss(3, 4, processes="some")  # type: ignore[arg-type]
+def test_invalid_arguments_are_named() -> None:
+    with pytest.raises(TypeError, match=r"process_group must be None or a .* got str"):
+        SeparateLoss(3, 4, process_group="all")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="sync_centers must be a bool, got int"):
+        SeparateLoss(3, 4, sync_centers=1)  # type: ignore[arg-type]
+
+
+def test_a_group_without_synchronisation_is_refused(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="process_group must be None for sync_centers=False"):
+            SeparateLoss(3, 4, process_group=dist.group.WORLD, sync_centers=False)
+    finally:
+        dist.destroy_process_group()

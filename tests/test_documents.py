@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from torch import Tensor
 
 import separate_loss
-from tests.public_api import public_names
+from tests.helpers.public_api import public_names
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^([ \t]*)```(\w*)[^\n]*\n(.*?)^\1```", re.DOTALL | re.MULTILINE)

@@ -9,8 +9,8 @@ from torch import Tensor
 from separate_loss import functional as F
 from separate_loss import separate_loss
 from separate_loss._checks import Reduction, Separation
-from tests import reference
-from tests.properties import REDUCTIONS, Problem, assert_equal, holds_for, problems
+from tests.helpers import reference
+from tests.helpers.properties import REDUCTIONS, Problem, assert_equal, holds_for, problems
 
 # Norms that each type can hold together with their gradients.
 DTYPES = [

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from separate_loss import functional as F
 from separate_loss import separate_loss
-from tests.properties import REDUCTIONS, Problem, holds_for, problems
+from tests.helpers.properties import REDUCTIONS, Problem, holds_for, problems
 
 seeds = st.integers(0, 2**32 - 1)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from separate_loss import SoftmaxSeparateLoss, separate_loss
 from separate_loss.functional import update_centers
-from tests.properties import holds_for
+from tests.helpers.properties import holds_for
 
 NUM_CLASSES, FEATURE_DIM = 4, 6
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -6,8 +6,8 @@ import torch
 from hypothesis import strategies as st
 
 from separate_loss import functional, metrics
-from tests import reference
-from tests.properties import Problem, assert_equal, holds_for, problems
+from tests.helpers import reference
+from tests.helpers.properties import Problem, assert_equal, holds_for, problems
 
 labelled = problems(kind="indices", reach=3, ignoring=False)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from separate_loss import SeparateLoss, separate_loss
 from separate_loss import functional as F
 from separate_loss._checks import Reduction
-from tests.properties import REDUCTIONS, Problem, holds_for, problems
+from tests.helpers.properties import REDUCTIONS, Problem, holds_for, problems
 
 NUM_CLASSES, FEATURE_DIM = 5, 4
 

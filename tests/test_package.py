@@ -50,18 +50,26 @@ def test_import_needs_torch_alone() -> None:
 def test_imports_go_down_only() -> None:
     order = [
         "_torch",
+        "_tracing",
         "_checks",
         "_layout",
         "_recorder",
-        "ops",
+        "_ops",
+        "_separation",
+        "_update",
+        "_batch",
+        "_distributed",
+        "_triton",
+        "_step",
         "functional",
         "metrics",
         "plots",
-        "distributed",
-        "modules",
-        "softmax",
+        "_modules",
+        "_softmax",
         "sharded",
     ]
+    found = {path.stem for path in (ROOT / "separate_loss").iterdir() if path.suffix in ("", ".py")}
+    assert set(order) == found - {"__init__", "__pycache__", "py"}
     for level, name in enumerate(order):
         path = ROOT / "separate_loss" / name
         files = path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from separate_loss import SeparateLoss, SoftmaxSeparateLoss, separate_loss
 from separate_loss.functional import intra_class_loss
-from tests.properties import holds_for
+from tests.helpers.properties import holds_for
 
 NUM_CLASSES, FEATURE_DIM = 4, 6
 CENTERS = torch.randn(NUM_CLASSES, FEATURE_DIM, generator=torch.Generator().manual_seed(1))
@@ -625,14 +625,14 @@ def test_process_groups_are_shared_by_copies_and_refused_by_pickles(tmp_path: Pa
     try:
         group = dist.new_group([0])
         model = nn.Sequential(nn.Linear(5, FEATURE_DIM), nn.Linear(FEATURE_DIM, NUM_CLASSES))
-        criterion = SoftmaxSeparateLoss(model[-1], processes=group)
+        criterion = SoftmaxSeparateLoss(model[-1], process_group=group)
         twin, twin_loss = copy.deepcopy((model, criterion))
-        assert twin_loss.separate.processes is group
+        assert twin_loss.separate.process_group is group
         assert twin_loss(twin(torch.randn(6, 5)), torch.arange(6) % NUM_CLASSES).isfinite()
         with pytest.raises(
             TypeError, match=r"ProcessGroup.*cannot be pickled; save the state_dict"
         ):
             pickle.dumps(criterion)
-        assert isinstance(copy.deepcopy(SeparateLoss(3, 2, processes=group)), SeparateLoss)
+        assert isinstance(copy.deepcopy(SeparateLoss(3, 2, process_group=group)), SeparateLoss)
     finally:
         dist.destroy_process_group()

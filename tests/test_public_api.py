@@ -2,7 +2,7 @@
 
 import difflib
 
-from tests.public_api import COMMAND, SNAPSHOT, describe
+from tests.helpers.public_api import COMMAND, SNAPSHOT, describe
 
 
 def test_names_and_signatures_are_those_of_the_snapshot() -> None:

@@ -59,7 +59,7 @@ def run_apart(program: str, folder: Path, *names: str) -> dict[str, Any]:
     """The program's variables of these names at its end; it must leave no file behind."""
     paths = os.pathsep.join(map(str, (RECIPES.parent.parent, RECIPES)))
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.run_recipe", RECIPES / program, *names],
+        [sys.executable, "-m", "tests.helpers.run_recipe", RECIPES / program, *names],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
         capture_output=True,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from separate_loss import SeparateLoss, separate_loss
 from separate_loss import functional as F
-from tests.properties import Problem, holds_for, problems
+from tests.helpers.properties import Problem, holds_for, problems
 
 
 @pytest.mark.parametrize("norm", [1e-18, 1e-12, 1.0, 1e12, 1e18])

@@ -11,8 +11,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jvp, vmap
 
 from separate_loss import SeparateLoss, SoftmaxSeparateLoss, separate_loss
 from separate_loss.functional import intra_class_loss
-from tests import reference
-from tests.properties import REDUCTIONS, Problem, assert_equal, holds_for, problems
+from tests.helpers import reference
+from tests.helpers.properties import REDUCTIONS, Problem, assert_equal, holds_for, problems
 
 FUNCTIONS = st.sampled_from([separate_loss, intra_class_loss])
 

@@ -21,7 +21,7 @@ from benchmarks import scaling
 from separate_loss import SeparateLoss
 from separate_loss.functional import separate_loss
 from separate_loss.sharded import ShardedSeparateLoss
-from tests.processes import run_in
+from tests.helpers.processes import run_in
 
 FEATURE_DIM, STEPS = 4, 30
 SIZES = [2, 3]

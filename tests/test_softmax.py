@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from separate_loss import SeparateLoss, SoftmaxSeparateLoss, separate_loss
-from tests.releases import COMPILES_UPDATES
+from tests.helpers.releases import COMPILES_UPDATES
 
 NUM_CLASSES = 5
 

@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import vmap
 
-from separate_loss import SeparateLoss, separate_loss
+from separate_loss import SeparateLoss, _ops, separate_loss
 from separate_loss.functional import inter_class_loss, update_centers
-from separate_loss.ops import eager
-from tests import reference
-from tests.properties import Problem, assert_equal, holds_for, problems
+from tests.helpers import reference
+from tests.helpers.properties import Problem, assert_equal, holds_for, problems
 
 seeds = st.integers(0, 2**32 - 1)
 # Fewer classes than dimensions, as many, and more: the Gram matrix is another one.
@@ -184,7 +183,7 @@ def test_blocks_change_nothing(
         target = torch.rand(8, shape[0]).softmax(-1)
     results = []
     for block in (2**20, 32):
-        monkeypatch.setattr(eager, "BLOCK_ELEMENTS", block)
+        monkeypatch.setattr(_ops, "BLOCK_SIZE", block)
         centers = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
         leaf = centers.clone().requires_grad_()
         value = square(leaf)

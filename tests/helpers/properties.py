@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests import reference
+from tests.helpers import reference
 
 cases_drawn = 0
 

@@ -15,17 +15,18 @@ import torch._dynamo.testing
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime import interpreter
 
 from separate_loss import SeparateLoss, separate_loss
+from separate_loss._batch import Options
+from separate_loss._triton import backend, kernels
+from separate_loss._triton import step as triton_step
 from separate_loss.functional import update_centers
-from separate_loss.ops import dispatch, fused, kernels
-from tests import reference
-from tests.properties import Problem, assert_equal, holds_for, problems
+from tests.helpers import reference
+from tests.helpers.properties import Problem, assert_equal, holds_for, problems
 
 # NumPy, in which the interpreter computes, warns of what floats on a GPU do silently.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -56,14 +57,14 @@ class Outcome(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fused.INTERPRETED, "tests/conftest.py asks for the interpreter"
+    assert triton_step.INTERPRETED, "tests/conftest.py asks for the interpreter"
     torch.manual_seed(0)
-    monkeypatch.setattr(dispatch, "CHOICE", "fused")
+    monkeypatch.setattr(backend, "BACKEND", "triton")
 
 
 def step(
     problem: Problem,
-    choice: str = "fused",
+    choice: str = "triton",
     *,
     start: bool = False,
     center_lr: float | None = CENTER_LR,
@@ -71,11 +72,11 @@ def step(
 ) -> Outcome:
     """Loss, gradients, terms and new centers, by way of the public names."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "CHOICE", choice)
+        patch.setattr(backend, "BACKEND", choice)
         features, centers = problem.requiring_grad()
         ignoring: Any = {"ignore_index": problem.ignore_index}
         loss = separate_loss(features, problem.target, centers, scale_free=scale_free, **ignoring)
-        assert takes_kernels(loss) == (choice == "fused")
+        assert takes_kernels(loss) == (choice == "triton")
         gradients = torch.autograd.grad(loss, (features, centers))
         criterion = SeparateLoss(
             *problem.centers.shape, center_lr=center_lr, dtype=problem.centers.dtype, **ignoring
@@ -102,7 +103,7 @@ def takes_kernels(loss: Tensor) -> bool:
 
 def assert_same(problem: Problem, dtype: torch.dtype, **options: Any) -> Outcome:
     """As the eager form within the rounding of `dtype`, and in the same types."""
-    ours, eager = step(problem, **options), step(problem, "eager", **options)
+    ours, eager = step(problem, **options), step(problem, "torch", **options)
     assert [one.dtype for one in ours] == [one.dtype for one in eager]
     found = ours.of_order_one(problem)
     for one, other in zip(found, eager.of_order_one(problem), strict=True):
@@ -120,8 +121,8 @@ def test_equals_the_eager_form_and_the_oracle(
     weight = np.ones(len(centers))
     with pytest.MonkeyPatch.context() as patch:
         if few:  # programs, as if there were thousands of classes: each has several centers
-            patch.setattr(fused, "PROGRAMS", 2)
-            patch.setattr(fused, "BATCH", 4)
+            patch.setattr(triton_step, "PROGRAMS", 2)
+            patch.setattr(triton_step, "BATCH", 4)
         found = assert_same(problem, dtype)
         assert_same(problem, dtype, start=True)
     intra = reference.intra_loss(features, shares, centers, weight, "mean")
@@ -218,7 +219,7 @@ def test_centers_beyond_what_32_bits_can_count(monkeypatch: pytest.MonkeyPatch) 
     partial, total, numbers = torch.zeros(2 * (d + 1)), torch.zeros(d), torch.ones(5)
     features, target = torch.ones(1, d), torch.tensor([num_classes - 1])
     sizes = 1, num_classes, d, -100
-    form = fused._rows(num_classes, fused._form(total, d)) | {"ROWS": 1}
+    form = triton_step._rows_config(num_classes, triton_step._config(total, d)) | {"ROWS": 1}
     builder: Any = interpreter.interpreter_builder
     set_index = builder.set_grid_idx
 
@@ -336,14 +337,16 @@ def test_operators_pass_opcheck() -> None:
     """Schema, autograd registration, fake tensors and ahead-of-time dispatch, each."""
     problem = draw(5, 3, 4)
     features, centers = problem.requiring_grad()
-    torch.library.opcheck(fused.read_op, (features, problem.target, centers, -100))
+    torch.library.opcheck(triton_step.read_op, (features, problem.target, centers, -100))
     features, target, centers = problem.features.bfloat16(), problem.target, problem.centers
-    loss, numbers, rows, *others = fused.read_op(features, target, centers, -100)
+    loss, numbers, rows, *others = triton_step.read_op(features, target, centers, -100)
     batch = loss, features, target
-    torch.library.opcheck(fused.features_gradient_op, (*batch, numbers, rows, others[0], -100))
+    torch.library.opcheck(
+        triton_step.features_gradient_op, (*batch, numbers, rows, others[0], -100)
+    )
     others = numbers, *others, -100
-    torch.library.opcheck(fused.centers_gradient_op, (*batch, centers, *others))
-    torch.library.opcheck(fused.move_op, (centers, features, target, *others, 0.5, True))
+    torch.library.opcheck(triton_step.centers_gradient_op, (*batch, centers, *others))
+    torch.library.opcheck(triton_step.move_op, (centers, features, target, *others, 0.5, True))
 
 
 @pytest.mark.parametrize("center_update", ["paper", "gradient"])
@@ -394,10 +397,10 @@ def test_deterministic() -> None:
 
 FREE = {"detach", "select", "view", "empty", "new_empty", "empty_like", "promote_types"}
 IMPLEMENTATIONS: dict[str, Any] = {
-    "read": fused._read,
-    "features_gradient": fused._features_gradient,
-    "centers_gradient": fused._centers_gradient,
-    "move_": fused._move_centers,
+    "read": triton_step._read,
+    "features_gradient": triton_step._features_gradient,
+    "centers_gradient": triton_step._centers_gradient,
+    "move_": triton_step._move_centers,
 }
 
 
@@ -427,14 +430,14 @@ def test_launches_of_a_step(center_update: Any, most: int, monkeypatch: pytest.M
     features, _ = problem.requiring_grad()
     criterion = SeparateLoss(7, 512, center_update=center_update)
     criterion(features.detach(), problem.target)  # the first call looks at the centers
-    launch, launches = fused._launch, Launches()
+    launch, launches = triton_step._launch, Launches()
 
     def counting(kernel: Any, *arguments: Any, **constants: Any) -> None:
         launches.names.append(kernel.__name__)
         with _disable_current_modes():
             launch(kernel, *arguments, **constants)
 
-    monkeypatch.setattr(fused, "_launch", counting)
+    monkeypatch.setattr(triton_step, "_launch", counting)
     with launches:
         criterion(features, problem.target).backward()
     assert features.grad is not None
@@ -445,7 +448,7 @@ def test_launches_of_a_step(center_update: Any, most: int, monkeypatch: pytest.M
 def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
     """Ahead of time, with the assembler that Triton brings; in a process without interpreter."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    program = [sys.executable, "-m", "tests.compile_kernels"]
+    program = [sys.executable, "-m", "tests.helpers.compile_kernels"]
     found = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     names = ("features_gradient", "finish", "move", "read")
@@ -463,37 +466,41 @@ class TestChoice:
         )
         subprocess.run([sys.executable, "-c", program], check=True)
 
-    def test_auto_takes_the_kernels_on_cuda_alone_where_nothing_compiles(
+    def test_auto_takes_the_kernels_for_small_batches_on_cuda(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        class OnCuda:
+        class OnCuda(Tensor):
+            """A tensor on the CPU that says it is on CUDA."""
+
             is_cuda = True
 
-        monkeypatch.setattr(dispatch, "CHOICE", "auto")
-        assert dispatch.may_fuse(OnCuda())
-        assert not dispatch.may_fuse(torch.ones(2))
-        assert not dispatch.may_fuse("no tensor")
-        monkeypatch.setattr(dispatch, "is_compiling", lambda: True)
-        assert not dispatch.may_fuse(OnCuda())
-
-    def test_auto_takes_them_where_they_work_and_batches_are_not_large(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def serves(num_samples: int) -> bool:
+        def takes(num_samples: int, on_cuda: bool = True, **options: Any) -> bool:
             problem = draw(num_samples, 3, 5)
-            return dispatch.kernels_for(*problem_tensors(problem)) is fused
+            centers = problem.centers.as_subclass(OnCuda) if on_cuda else problem.centers
+            found = backend.kernels_for(
+                problem.features, problem.target, centers, Options(**options)
+            )
+            return found is triton_step
 
-        def problem_tensors(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-            return problem.features, problem.target, problem.centers
-
-        monkeypatch.setattr(dispatch, "CHOICE", "auto")
-        monkeypatch.setattr(fused, "works_on", lambda _: True)
-        assert serves(dispatch.AUTO_SAMPLES)
-        assert not serves(dispatch.AUTO_SAMPLES + 1)
-        with FakeTensorMode():
-            assert not serves(4)
-        monkeypatch.setattr(fused, "works_on", lambda _: False)
-        assert not serves(4)
+        monkeypatch.setattr(backend, "BACKEND", "auto")
+        monkeypatch.setattr(backend, "PLAIN_TYPES", (Tensor, OnCuda))
+        monkeypatch.setattr(triton_step, "works_on", lambda _: True)
+        assert takes(4)
+        assert takes(backend.AUTO_MAX_SAMPLES)
+        assert not takes(backend.AUTO_MAX_SAMPLES + 1)
+        assert not takes(4, on_cuda=False)
+        assert not takes(4, reduction="none")
+        assert not takes(4, separation="square")
+        assert not takes(4, weight=torch.ones(5))
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "is_compiling", lambda: True)
+            assert not takes(4)
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "PLAIN_TYPES", ())
+            assert not takes(4)
+        with monkeypatch.context() as patch:
+            patch.setattr(triton_step, "works_on", lambda _: False)
+            assert not takes(4)
 
     def test_auto_asks_whether_they_can_be_built(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The CPU stands for a GPU: the interpreter runs what is launched there."""
@@ -502,42 +509,45 @@ class TestChoice:
         cpu = torch.device("cpu")
 
         def works() -> bool:
-            fused.works_on.cache_clear()
-            return fused.works_on(cpu)
+            triton_step.works_on.cache_clear()
+            return triton_step.works_on(cpu)
 
         assert works()
-        monkeypatch.setattr(fused, "_read", None)
-        with pytest.warns(UserWarning, match="goes without its kernels, .* not callable"):
+        monkeypatch.setattr(triton_step, "_read", None)
+        with pytest.warns(UserWarning, match="runs without its Triton kernels, .* not callable"):
             assert not works()
-        assert not fused.works_on(cpu)  # asked once, and warned of once
+        assert not triton_step.works_on(cpu)  # asked once, and warned of once
         capability[0] = 7
         assert not works()
-        fused.works_on.cache_clear()
+        triton_step.works_on.cache_clear()
 
     def test_forced_says_why_it_cannot_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
         problem = draw(4, 3, 5)
 
         def fails(features: Tensor, reason: str) -> None:
-            with pytest.raises(RuntimeError, match=f"SEPARATE_LOSS_OPS=fused cannot run: {reason}"):
+            with pytest.raises(
+                RuntimeError, match=f"SEPARATE_LOSS_BACKEND=triton cannot run: {reason}"
+            ):
                 separate_loss(features, problem.target, problem.centers)
 
         fails(problem.features.to(torch.float8_e5m2), "a tensor of torch.float8_e5m2; expected")
         with monkeypatch.context() as patch:
-            patch.setattr(fused, "INTERPRETED", False)
+            patch.setattr(triton_step, "INTERPRETED", False)
             fails(problem.features, "tensors on cpu, .* TRITON_INTERPRET=1")
-        monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+        monkeypatch.setattr(backend, "HAS_TRITON", False)
         fails(problem.features, "no Triton")
-        monkeypatch.setattr(dispatch, "CHOICE", "eager")
+        monkeypatch.setattr(backend, "BACKEND", "torch")
         separate_loss(problem.features, problem.target, problem.centers)
 
     def test_unknown_choice(self) -> None:
         found = subprocess.run(
             [sys.executable, "-c", "import separate_loss"],
-            env={**os.environ, "SEPARATE_LOSS_OPS": "quick"},
+            env={**os.environ, "SEPARATE_LOSS_BACKEND": "quick"},
             capture_output=True,
             text=True,
             check=False,
         )
         assert (
-            "SEPARATE_LOSS_OPS must be one of 'auto', 'eager', 'fused', got 'quick'" in found.stderr
+            "SEPARATE_LOSS_BACKEND must be one of 'auto', 'torch', 'triton', got 'quick'"
+            in found.stderr
         )

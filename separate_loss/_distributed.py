@@ -1,50 +1,55 @@
-"""What the processes of torch.distributed share, so that every one holds the same centers."""
+"""What keeps the centers equal in all processes of torch.distributed."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from separate_loss._checks import can_read
+from separate_loss._checks import check_bool
 from separate_loss._torch import assert_on_device
+from separate_loss._tracing import has_values
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Processes = Literal["all", "each"]
+
+def check_process_group(process_group: "ProcessGroup | None", sync_centers: object) -> None:
+    """None or a group; None without synchronisation."""
+    check_bool("sync_centers", sync_centers)
+    is_group = dist.is_available() and isinstance(process_group, dist.ProcessGroup)
+    if process_group is not None and not is_group:
+        raise TypeError(
+            "process_group must be None or a torch.distributed.ProcessGroup, got "
+            f"{type(process_group).__name__}"
+        )
+    if process_group is not None and not sync_centers:
+        raise ValueError("process_group must be None for sync_centers=False, got a ProcessGroup")
 
 
-def check_processes(value: "ProcessGroup | Processes") -> None:
-    """A group, or who is to share."""
-    if value in ("all", "each") or (dist.is_available() and isinstance(value, dist.ProcessGroup)):
-        return
-    raise ValueError(
-        f"processes must be 'all', 'each' or a torch.distributed.ProcessGroup, got {value!r}"
-    )
-
-
-def group_of(processes: "ProcessGroup | Processes") -> "ProcessGroup | None":
-    """The group to share with; None without any, or alone in it."""
-    if processes == "each" or not (dist.is_available() and dist.is_initialized()):
+def resolve_group(
+    process_group: "ProcessGroup | None", sync_centers: bool
+) -> "ProcessGroup | None":
+    """The group to synchronise with; None if there is none, or a single process in it."""
+    if not sync_centers or not (dist.is_available() and dist.is_initialized()):
         return None
-    group = dist.group.WORLD if processes == "all" else processes
+    group = dist.group.WORLD if process_group is None else process_group
     return group if dist.get_world_size(group) > 1 else None
 
 
-def start_equal(centers: Tensor, group: "ProcessGroup") -> None:
-    """Broadcasts the centers of the group's first process, in place."""
+def broadcast_centers_(centers: Tensor, group: "ProcessGroup") -> None:
+    """Broadcasts rank 0's centers, in place."""
     shared = centers.detach()
     if not torch.compiler.is_compiling():
-        _check_alike(shared, group)
+        _check_same_shape(shared, group)
     # A sum with zeros: the compiler traces all_reduce, and no broadcast.
     if dist.get_rank(group) > 0:
         shared.zero_()
     dist.all_reduce(shared, group=group)
 
 
-def _check_alike(centers: Tensor, group: "ProcessGroup") -> None:
-    """Backends abort or read garbage where tensors of unlike sizes or types meet."""
+def _check_same_shape(centers: Tensor, group: "ProcessGroup") -> None:
+    """Raises where shapes or types differ: backends would abort or read garbage."""
     own = torch.tensor([*centers.shape, _TYPES.index(centers.dtype)], device=centers.device)
     found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, own, group=group)
@@ -65,19 +70,19 @@ def _described(sizes: list[int]) -> str:
     return f"{tuple(sizes[:2])} of {_TYPES[sizes[2]]}"
 
 
-def check_computed_alike(of_double: int, size: int) -> None:
-    """How many of the processes compute in float64; the others do in float32."""
-    if of_double not in (0, size):
+def check_same_dtype(num_double: int, size: int) -> None:
+    """Raises where some processes compute in float64 and others in float32."""
+    if num_double not in (0, size):
         raise ValueError(
             "features must have one type in all processes, got such that "
-            f"{of_double} of {size} compute in torch.float64, the others in torch.float32"
+            f"{num_double} of {size} compute in torch.float64, the others in torch.float32"
         )
 
 
-def sum_over(
+def all_reduce_sums(
     group: "ProcessGroup", dtype: torch.dtype, sums: Tensor, count: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The class sums and counts of all processes, from those of each, in one message of a type."""
+    """Sums class sums (C, d) and counts (C,) over all processes, in one message of type `dtype`."""
     packed = torch.cat([sums, count.unsqueeze(-1)], dim=-1)
     # The last row counts the processes that compute in float64.
     is_double = packed.new_full((1, packed.shape[1]), float(packed.dtype == torch.float64))
@@ -85,8 +90,8 @@ def sum_over(
     dist.all_reduce(packed, group=group)
     packed, of_double = packed[:-1].to(sums), packed[-1, 0]
     size = dist.get_world_size(group)
-    if can_read(of_double):
-        check_computed_alike(int(of_double), size)
+    if has_values(of_double):
+        check_same_dtype(int(of_double), size)
     else:
         assert_on_device(
             (of_double == 0) | (of_double == size), "features must have one type in all processes"
@@ -94,17 +99,17 @@ def sum_over(
     return packed[:, :-1], packed[:, -1]
 
 
-def average_gradient(centers: Tensor, group: "ProcessGroup") -> Tensor:
-    """The centers, with a gradient that is the mean over the processes.
+def all_reduce_gradient(centers: Tensor, group: "ProcessGroup") -> Tensor:
+    """The centers, with a gradient that is averaged over all processes.
 
-    Where DistributedDataParallel averages as well, it finds equal gradients, and leaves them so.
+    DistributedDataParallel may average as well: equal gradients stay as they are.
     """
 
     def averaged(grad: Tensor) -> Tensor:
         if grad.requires_grad:
             raise RuntimeError(
                 "centers shared by several processes have no second derivatives; create the loss "
-                "with processes='each' for them"
+                "with sync_centers=False for them"
             )
         grad = grad / dist.get_world_size(group)
         dist.all_reduce(grad, group=group)

@@ -2,38 +2,33 @@
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from separate_loss._batch import Options
 from separate_loss._checks import (
     CENTER_UPDATES,
-    REDUCTIONS,
-    SEPARATIONS,
     CenterInit,
     CenterUpdate,
     Reduction,
     Separation,
-    check_bool,
     check_center_init,
     check_center_lr,
     check_choice,
+    check_initialized,
     check_int,
-    check_set,
     check_weight,
 )
-from separate_loss._torch import compiler_moves_buffers, not_compiled
-from separate_loss.distributed import (
-    Processes,
-    average_gradient,
-    check_processes,
-    group_of,
-    start_equal,
-    sum_over,
+from separate_loss._distributed import (
+    all_reduce_gradient,
+    broadcast_centers_,
+    check_process_group,
+    resolve_group,
 )
-from separate_loss.functional import Form, Reading, move_centers_, read, read_fused, reduce
+from separate_loss._step import run_step
+from separate_loss._torch import compiler_moves_buffers, not_compiled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -83,10 +78,10 @@ class SeparateLoss(nn.Module):
             Class weights act on the loss, not on the paper's update.
         scale_free, separation: as in `separate_loss.functional.separate_loss`. The paper's update
             follows the separation.
-        processes: whose samples move the centers, where torch.distributed is initialised.
-            ``"all"``: those of all processes, or of a given ``ProcessGroup``. All then hold the
-            same centers, from the first process's on, and each must make every training call
-            and load every checkpoint. ``"each"``: each process its own; within
+        process_group: the processes of torch.distributed, if it is initialised, whose samples
+            update the centers; None takes all. All processes start from rank 0's centers and stay
+            identical. Each of them must make every training call and load every checkpoint.
+        sync_centers: False lets each process update centers of its own; within
             DistributedDataParallel that needs ``broadcast_buffers=False``.
         device, dtype: of the centers; keep them in float32 or wider for small steps to count.
 
@@ -133,7 +128,8 @@ class SeparateLoss(nn.Module):
         reduction: Reduction = "mean",
         scale_free: bool = False,
         separation: Separation = "mean",
-        processes: "ProcessGroup | Processes" = "all",
+        process_group: "ProcessGroup | None" = None,
+        sync_centers: bool = True,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -142,11 +138,8 @@ class SeparateLoss(nn.Module):
         check_int("feature_dim", feature_dim, least=1)
         check_choice("center_update", center_update, CENTER_UPDATES)
         check_center_lr(center_lr)
-        check_int("ignore_index", ignore_index)
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_bool("scale_free", scale_free)
-        check_choice("separation", separation, SEPARATIONS)
-        check_processes(processes)
+        Options(None, ignore_index, reduction, scale_free, separation).check()
+        check_process_group(process_group, sync_centers)
         if weight is not None:
             check_weight(weight, num_classes)
         if center_init is None:
@@ -162,7 +155,8 @@ class SeparateLoss(nn.Module):
         self.reduction: Reduction = reduction
         self.scale_free = scale_free
         self.separation: Separation = separation
-        self.processes = processes
+        self.process_group = process_group
+        self.sync_centers = sync_centers
         self.last_terms: Terms | None = None
 
         centers = torch.empty(num_classes, feature_dim, device=device, dtype=dtype)
@@ -171,105 +165,87 @@ class SeparateLoss(nn.Module):
         else:
             self.register_buffer("centers", centers)
         self.register_buffer("weight", None if weight is None else weight.to(centers))
-        self._starts = center_init, weight
+        self._initial = center_init, weight
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Puts centers where they start, and class weights to what was given."""
-        init, weight = self._starts
+        center_init, weight = self._initial
         with torch.no_grad():
-            fill(self.centers, init)
+            init_centers_(self.centers, center_init)
             if weight is not None and self.weight is not None:
                 self.weight.copy_(weight)
-        # Memory that a meta device stands for has no values until they are set.
-        self._set = not self.centers.is_meta
-        self._checked = self._equal = False
+        # A module on the meta device has no values until a checkpoint is loaded.
+        self._initialized = not self.centers.is_meta
+        self._checked = self._synced = False
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
-        """The loss under the centers as they are; then, where they should, the centers move."""
-        return self._step(features, target, moving=True)
+        """Returns the loss; then, in training, updates the centers."""
+        return self._step(features, target)
 
-    def _step(self, features: Tensor, target: Tensor, *, moving: bool) -> Tensor:
-        """The loss; centers move where `moving` and the modes allow it."""
-        moving = moving and self.training and self.center_update == "paper"
-        moving = moving and torch.is_grad_enabled()
-        if moving and torch.compiler.is_compiling() and not compiler_moves_buffers():
-            return _uncompiled(self._compute, features, target, moving)
-        return self._compute(features, target, moving)
+    def _step(self, features: Tensor, target: Tensor, *, may_update: bool = True) -> Tensor:
+        updating = may_update and self.training and self.center_update == "paper"
+        updating = updating and torch.is_grad_enabled()
+        if updating and torch.compiler.is_compiling() and not compiler_moves_buffers():
+            return _uncompiled(self._compute, features, target, updating)
+        return self._compute(features, target, updating)
 
-    def _compute(self, features: Tensor, target: Tensor, moving: bool) -> Tensor:
+    def _compute(self, features: Tensor, target: Tensor, updating: bool) -> Tensor:
         if not self._checked and not torch.compiler.is_compiling():
-            check_set("centers", self.centers, self._set)
+            check_initialized("centers", self.centers, self._initialized)
             self._checked = not self.centers.is_meta
         learning = torch.is_grad_enabled() and self.centers.requires_grad
-        group = group_of(self.processes) if moving or learning else None
-        centers = self.centers if group is None else self._shared(group)
-        form = Form(self.scale_free, self.separation)
-        if self.reduction == "mean" and not (moving and group is not None):
-            step = read_fused(features, target, centers, self.weight, self.ignore_index, form)
-            if step is not None:
-                self.last_terms = Terms(step.intra, step.inter)
-                if moving:
-                    step.move_(centers, self.center_lr, start=True)
-                return step.loss
-        reading = read(features, target, centers, self.weight, self.ignore_index, form)
-        intra, inter, mass = reading.intra, reading.inter, reading.batch.mass
-        mean = reduce(intra, mass, None, "mean")
-        self.last_terms = Terms(mean.detach(), inter.detach())
-        if moving:
-            self._move(reading, group)
-        if self.reduction == "mean":
-            return mean + inter
-        loss = reduce(intra, mass, inter, self.reduction)
-        return loss.reshape(features.shape[:-1]) if self.reduction == "none" else loss
+        group = None
+        if updating or learning:
+            group = resolve_group(self.process_group, self.sync_centers)
+        centers = self.centers if group is None else self._synced_centers(group)
+        step = run_step(features, target, centers, self._options(), group if updating else None)
+        self.last_terms = Terms(step.intra.detach(), step.inter.detach())
+        if updating:
+            step.update_(self.centers, self.center_lr, start_zeros=True)
+        return step.loss
 
-    def _shared(self, group: "ProcessGroup") -> Tensor:
-        if not self._equal:
-            start_equal(self.centers, group)
-            self._equal = True
+    def _options(self) -> Options:
+        return Options(
+            self.weight, self.ignore_index, self.reduction, self.scale_free, self.separation
+        )
+
+    def _synced_centers(self, group: "ProcessGroup") -> Tensor:
+        if not self._synced:
+            broadcast_centers_(self.centers, group)
+            self._synced = True
         if self.centers.requires_grad:
-            return average_gradient(self.centers, group)
+            return all_reduce_gradient(self.centers, group)
         return self.centers
 
-    @torch.no_grad()
-    def _move(self, reading: Reading, group: "ProcessGroup | None") -> None:
-        # The buffer itself, or a copy of it in the type that was computed in.
-        centers = reading.batch.centers
-        # Equal in all processes, whatever their features are.
-        dtype = torch.promote_types(self.centers.dtype, torch.float32)
-        summed = None if group is None else partial(sum_over, group, dtype)
-        move_centers_(centers, reading, self.center_lr, start=True, summed=summed)
-        if centers is not self.centers:
-            self.centers.copy_(centers)
-
     def __getstate__(self) -> dict[str, Any]:
-        """A copy shares its centers anew, as all do that are made from it."""
+        """A copy broadcasts its centers again before it uses them."""
         return {
             **super().__getstate__(),  # type: ignore[no-untyped-call]
-            "_equal": False,
+            "_synced": False,
         }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SeparateLoss":
         # A process group cannot be copied.
-        memo[id(self.processes)] = self.processes
+        memo[id(self.process_group)] = self.process_group
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if not isinstance(self.processes, str):
+        if self.process_group is not None:
             raise TypeError(
-                "processes is a ProcessGroup, which holds connections and cannot be pickled; save "
-                "the state_dict(), or set processes to 'all' or 'each' before"
+                "process_group is a ProcessGroup, which holds connections and cannot be pickled; "
+                "save the state_dict(), or set process_group to None before"
             )
         return super().__reduce_ex__(protocol)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        self._equal = self._checked = False
-        self._set = self._set or f"{prefix}centers" in state_dict
+        self._synced = self._checked = False
+        self._initialized = self._initialized or f"{prefix}centers" in state_dict
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
@@ -291,8 +267,10 @@ class SeparateLoss(nn.Module):
             parts.append(f"ignore_index={self.ignore_index}")
         if self.weight is not None:
             parts.append("weight=...")
-        if self.processes != "all":
-            parts.append(f"processes={self.processes!r}")
+        if self.process_group is not None:
+            parts.append(f"process_group={self.process_group!r}")
+        if not self.sync_centers:
+            parts.append("sync_centers=False")
         return ", ".join(parts)
 
 
@@ -303,10 +281,10 @@ def _uncompiled(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return result
 
 
-def fill(
+def init_centers_(
     centers: Tensor, init: CenterInit | Tensor, generator: torch.Generator | None = None
 ) -> None:
-    """Starts centers in place."""
+    """Sets centers to their initial values, in place."""
     if isinstance(init, Tensor):
         centers.copy_(init)
         return

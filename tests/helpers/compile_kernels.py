@@ -1,4 +1,4 @@
-"""Compiles for two GPUs, without one, every kernel that a step launches: run by test_fused.
+"""Compiles for two GPUs, without one, every kernel that a step launches: run by test_triton.
 
 What the launches would hand to the compiler is what it gets: types, and 1 as a constant.
 """
@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
-from separate_loss.ops import fused
+from separate_loss._triton import step as triton_step
 
 CASES: list[tuple[torch.dtype, torch.dtype, torch.dtype, tuple[int, int, int]]] = [
     (torch.float32, torch.float32, torch.int64, (128, 512, 7)),
@@ -30,18 +30,18 @@ def launches() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     def record(kernel: Any, _: int, *arguments: Any, **constants: Any) -> None:
         recorded.append((kernel, arguments, constants))
 
-    setattr(fused, "_launch", record)  # noqa: B010
+    setattr(triton_step, "_launch", record)  # noqa: B010
     for features_type, centers_type, target_type, (num_samples, d, num_classes) in CASES:
         features = torch.zeros(num_samples, d, dtype=features_type)
         centers = torch.zeros(num_classes, d, dtype=centers_type)
         target = torch.zeros(num_samples, dtype=target_type)
-        loss, *left = fused._read(features, target, centers, -100)
+        loss, *left = triton_step._read(features, target, centers, -100)
         numbers, rows, samples, classes, total = left
-        fused._features_gradient(loss, features, target, numbers, rows, samples, -100)
+        triton_step._features_gradient(loss, features, target, numbers, rows, samples, -100)
         others = numbers, samples, classes, total, -100
-        fused._centers_gradient(loss, features, target, centers, *others)
+        triton_step._centers_gradient(loss, features, target, centers, *others)
         rate = 0.5 if num_classes == 7 else None
-        fused._move_centers(centers, features, target, *others, rate, start=num_classes == 7)
+        triton_step._move_centers(centers, features, target, *others, rate, start=num_classes == 7)
     yield from recorded
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from separate_loss._batch import mask_ignored
 from separate_loss._checks import (
     CLASS_DIMS,
     CenterInit,
@@ -16,21 +17,18 @@ from separate_loss._checks import (
     Separation,
     check_batch,
     check_choice,
-    check_entered,
+    check_head_input,
     check_logits,
-    check_rate,
+    check_nonnegative,
     check_vectors,
-    split_ignored,
 )
 from separate_loss._layout import dim_of
+from separate_loss._modules import SeparateLoss
 from separate_loss._recorder import Pass, Recorder
 from separate_loss._torch import version_of
-from separate_loss.modules import SeparateLoss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-    from separate_loss.distributed import Processes
 
 __all__ = ["SoftmaxSeparateLoss", "SoftmaxSeparateTerms"]
 
@@ -79,7 +77,7 @@ class SoftmaxSeparateLoss(nn.Module):
         label_smoothing: as in `torch.nn.functional.cross_entropy`, in both terms; in [0, 1].
         center_update, center_lr, center_init, dtype: as in `SeparateLoss`.
         weight, ignore_index, reduction: as in `SeparateLoss`, in both terms.
-        scale_free, separation, processes: as in `SeparateLoss`.
+        scale_free, separation, process_group, sync_centers: as in `SeparateLoss`.
         device: of the centers; None takes the head's.
 
     Shape:
@@ -126,15 +124,16 @@ class SoftmaxSeparateLoss(nn.Module):
         reduction: Reduction = "mean",
         scale_free: bool = False,
         separation: Separation = "mean",
-        processes: "ProcessGroup | Processes" = "all",
+        process_group: "ProcessGroup | None" = None,
+        sync_centers: bool = True,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(head, nn.Module):
             raise TypeError(f"head must be a torch.nn.Module, got {type(head).__name__}")
-        check_rate("separate_weight", separate_weight)
-        check_rate("label_smoothing", label_smoothing)
+        check_nonnegative("separate_weight", separate_weight)
+        check_nonnegative("label_smoothing", label_smoothing)
         if label_smoothing > 1:
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
         if class_dim is None:
@@ -157,7 +156,8 @@ class SoftmaxSeparateLoss(nn.Module):
             reduction=reduction,
             scale_free=scale_free,
             separation=separation,
-            processes=processes,
+            process_group=process_group,
+            sync_centers=sync_centers,
             device=device,
             dtype=dtype,
         )
@@ -214,7 +214,7 @@ class SoftmaxSeparateLoss(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and recorded):
             self._warn(logits, features, one is not None and not one.training)
             loss = separate._step(
-                features, _smooth(target, separate, self.label_smoothing), moving=moving
+                features, _smooth(target, separate, self.label_smoothing), may_update=moving
             )
             if one is not None and torch.is_grad_enabled() and separate.training:
                 one.moved = True
@@ -245,7 +245,7 @@ class SoftmaxSeparateLoss(nn.Module):
                 "the head's input was changed in place after it had entered the head; use "
                 "operators that are not in place, as torch.nn.ReLU(inplace=False)"
             )
-        check_entered(features, one.sizes, self.class_dim, self.separate.feature_dim)
+        check_head_input(features, one.sizes, self.class_dim, self.separate.feature_dim)
         return features, class_dim, one
 
     def _class_dim_by_shape(self, logits: Tensor, target: Tensor) -> int:
@@ -381,7 +381,7 @@ def _softmax_loss(
     else:
         target = target.reshape(-1).long()
         # Says more of a label out of range than cross_entropy does.
-        split_ignored(target, separate.num_classes, separate.ignore_index)
+        mask_ignored(target, separate.num_classes, separate.ignore_index)
         options["ignore_index"] = separate.ignore_index
     return nn.functional.cross_entropy(logits, target, **options)
 
@@ -392,7 +392,7 @@ def _smooth(target: Tensor, separate: SeparateLoss, label_smoothing: float) -> T
         return target
     num_classes, kept = separate.num_classes, None
     if not target.is_floating_point():
-        index, kept = split_ignored(target, num_classes, separate.ignore_index)
+        index, kept = mask_ignored(target, num_classes, separate.ignore_index)
         target = nn.functional.one_hot(index, num_classes).to(separate.centers.dtype)
     smooth = target * (1 - label_smoothing) + label_smoothing / num_classes
     # A row of zeros has no weight.

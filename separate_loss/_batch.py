@@ -1,0 +1,140 @@
+"""The arguments of a step, validated and converted to one type and one leading dimension."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from separate_loss._checks import (
+    REDUCTIONS,
+    SEPARATIONS,
+    Reduction,
+    Separation,
+    check_batch,
+    check_bool,
+    check_centers,
+    check_choice,
+    check_int,
+    check_matches_centers,
+)
+from separate_loss._ops import matmul, scale_gradient
+from separate_loss._torch import assert_on_device, under_vmap
+from separate_loss._tracing import has_values
+
+
+class Options(NamedTuple):
+    """The keyword arguments of `separate_loss.functional.separate_loss`."""
+
+    weight: Tensor | None = None
+    ignore_index: int = -100
+    reduction: Reduction = "mean"
+    scale_free: bool = False
+    separation: Separation = "mean"
+
+    def check(self) -> None:
+        """Validates all but the class weights."""
+        check_int("ignore_index", self.ignore_index)
+        check_choice("reduction", self.reduction, REDUCTIONS)
+        check_bool("scale_free", self.scale_free)
+        check_choice("separation", self.separation, SEPARATIONS)
+
+
+class Batch(NamedTuple):
+    """Samples and centers; `valid` and `sample_weight` are None where they are 1 for all."""
+
+    features: Tensor  # (N, d)
+    target: Tensor  # (N,) class indices, or (N, C) class probabilities
+    valid: Tensor | None  # (N,): 0 for ignored samples, 1 for others
+    sample_weight: Tensor | None  # (N,): 0 for ignored samples
+    centers: Tensor  # (C, d)
+    class_weight: Tensor | None  # (C,)
+
+    @property
+    def has_probabilities(self) -> bool:
+        return self.target.is_floating_point()
+
+
+def check_arguments(
+    features: Tensor,
+    target: Tensor,
+    centers: Tensor,
+    options: Options,
+    num_classes: int | None = None,
+) -> None:
+    """Validates the arguments; pass `num_classes` if `centers` is one shard."""
+    options.check()
+    if num_classes is None:
+        check_centers("centers", centers)
+        num_classes = len(centers)
+    check_batch(features, target, num_classes)
+    check_matches_centers(features, centers, options.weight)
+
+
+def prepare_batch(
+    features: Tensor,
+    target: Tensor,
+    centers: Tensor,
+    options: Options,
+    num_classes: int | None = None,
+) -> Batch:
+    """Converts validated arguments; pass `num_classes` if `centers` is one shard."""
+    num_classes = len(centers) if num_classes is None else num_classes
+    dtype = compute_dtype(features, centers)
+    features = features.to(dtype).reshape(-1, centers.shape[1])
+    features = scale_gradient(features) if options.scale_free else features
+    class_weight = None if options.weight is None else options.weight.to(dtype)
+    valid = sample_weight = None
+    if target.is_floating_point():
+        target = target.to(dtype).reshape(-1, num_classes)
+        sample_weight = target.sum(-1) if class_weight is None else matmul(target, class_weight)
+    else:
+        target, mask = mask_ignored(target.reshape(-1), num_classes, options.ignore_index)
+        if mask is not None:
+            valid = sample_weight = mask.to(dtype)
+            features = features.where(mask.unsqueeze(-1), 0)
+        if class_weight is not None:
+            sample_weight = class_weight.index_select(0, target)
+            sample_weight = sample_weight if valid is None else sample_weight * valid
+    return Batch(features, target, valid, sample_weight, centers.to(dtype), class_weight)
+
+
+def mask_ignored(
+    target: Tensor, num_classes: int, ignore_index: int
+) -> tuple[Tensor, Tensor | None]:
+    """Class indices as int64 with 0 in place of `ignore_index`, and a mask of the other samples.
+
+    The mask is None if no sample is ignored and the values show it. A label outside [0, C) raises
+    IndexError where its value can be read at once. Elsewhere an assertion on the device fails.
+    """
+    target = target.long()
+    if not has_values(target):
+        mask = target != ignore_index
+        target = target.where(mask, 0)
+        if torch.compiler.is_compiling() or not under_vmap(target):
+            assert_on_device(
+                ((target >= 0) & (target < num_classes)).all(),
+                f"target must hold class indices in [0, {num_classes}) or ignore_index",
+            )
+        return target, mask
+    if target.numel() == 0:
+        return target, None
+    lowest, highest = (bound.item() for bound in target.aminmax())
+    if lowest >= 0 and highest < num_classes and not lowest <= ignore_index <= highest:
+        return target, None
+    mask = target != ignore_index
+    target = target.where(mask, 0)
+    wrong = target[(target < 0) | (target >= num_classes)]
+    if wrong.numel():
+        raise IndexError(
+            f"target must hold class indices in [0, {num_classes}) or ignore_index "
+            f"({ignore_index}), got {int(wrong[0])}"
+        )
+    return target, mask
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The widest type of the tensors, float32 or wider."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
