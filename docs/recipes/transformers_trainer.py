@@ -1,8 +1,8 @@
 """A Hugging Face classifier in its Trainer, with gradient accumulation and a resumed run.
 
 The criterion is a submodule of the model. So the Trainer moves it to the model's device, switches
-it to evaluation mode with the model, and saves its centers in the model's checkpoints. The loss is
-computed in `forward` from the head's output, because mixed precision may convert the model's output.
+it to evaluation mode with the model, and saves its centers in the model's checkpoints. The loss
+uses the head's output in `forward`, because mixed precision may convert the model's output.
 """
 
 from tempfile import TemporaryDirectory
@@ -52,8 +52,7 @@ class Classifier(transformers.ConvNextV2ForImageClassification):  # type: ignore
         return outputs
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        # `from_pretrained` calls this for modules that it made without values; it marks what it
-        # loaded.
+        # `from_pretrained` calls this for modules without values. It marks the loaded tensors.
         if isinstance(module, SeparateLoss):
             if not getattr(module.centers, "_is_hf_initialized", False):
                 module.reset_parameters()
@@ -99,7 +98,7 @@ with TemporaryDirectory() as folder:
     trainer.save_model(folder)
     loaded = Classifier.from_pretrained(folder)
     loaded_alike = torch.equal(loaded.criterion.separate.centers.cpu(), centers.cpu())
-    # Of a model without the loss, as one from a hub: centers start anew.
+    # From a checkpoint without the loss, such as one from a hub, centers start at zero.
     transformers.ConvNextV2ForImageClassification(config).save_pretrained(folder)
     fresh = not Classifier.from_pretrained(folder).criterion.separate.centers.any()
 
