@@ -1,4 +1,4 @@
-"""What the documents show runs, and every public name shows how it is used."""
+"""Documents: code runs, links and figures are right, and every public name has an example."""
 
 import doctest
 import inspect
@@ -18,6 +18,7 @@ from tests.helpers.public_api import public_names
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^([ \t]*)```(\w*)[^\n]*\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
+ROW = re.compile(r"^\|(.*)\|$", re.MULTILINE)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -34,43 +35,118 @@ def programs(document: Path) -> list[str]:
     return [code for language, code in blocks(document) if language == "python"]
 
 
+def training_loop() -> dict[str, object]:
+    """The names that README's first two lines take from the reader's training loop."""
+    return {
+        "SeparateLoss": separate_loss.SeparateLoss,
+        "cross_entropy": torch.nn.functional.cross_entropy,
+        "num_classes": 7,
+        "feature_dim": 64,
+        "features": torch.randn(32, 64),
+        "logits": torch.randn(32, 7),
+        "labels": torch.arange(32) % 7,
+    }
+
+
 @pytest.mark.parametrize(
     "document",
     [pytest.param(path, id=str(path.relative_to(ROOT))) for path in DOCUMENTS if programs(path)],
 )
 def test_code_runs(document: Path) -> None:
-    """The blocks of a document, one after the other, as a reader would run them."""
-    namespace: dict[str, object] = {}
+    """Runs the blocks of a document one after the other, as a reader would."""
+    namespace = training_loop() if document.name == "README.md" else {}
     for code in programs(document):
         exec(compile(code, document, "exec"), namespace)
 
 
 def test_no_python_hides_under_another_name() -> None:
-    """In a block without a language there are commands, or what they print."""
+    """A block without a language holds commands, or their output."""
     languages = {language for path in DOCUMENTS for language, _ in blocks(path)}
-    assert languages <= {"", "python"}
-    assert {path.name for path in DOCUMENTS if programs(path)} >= {"README.md", "maths.md"}
+    assert languages <= {"", "bibtex", "python"}
+    assert {path.name for path in DOCUMENTS if programs(path)} >= {
+        "README.md",
+        "guide.md",
+        "quality.md",
+        "recipes.md",
+        "theory.md",
+    }
 
 
 def links(document: Path) -> Iterator[tuple[bool, str, Path, str | None]]:
-    """Whether it is a picture, text, target and anchor of each link, outside of code."""
+    """Each link outside of code: whether it is a picture, its text, target and anchor."""
     text = re.sub(r"`[^`\n]+`", "code", BLOCK.sub("", document.read_text()))
     for picture, label, path, anchor in LINK.findall(text):
         yield bool(picture), label, (document.parent / path if path else document), anchor or None
 
 
 def headings(document: Path) -> set[str]:
-    """Anchors of a page, as they are made where it is shown."""
+    """Anchors of a page, as the site generator and GitHub make them."""
     found = re.findall(r"^#+ (.*)$", BLOCK.sub("", document.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in found}
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_of_what_the_site_does_not_check(name: str) -> None:
-    """`make docs` fails at a broken link of the pages in docs/."""
+    """`make docs` fails at a broken link in docs/."""
     for _, _, target, anchor in links(ROOT / name):
         assert target.exists(), target
         assert anchor is None or anchor in headings(target), f"{target}#{anchor}"
+
+
+def rows(document: Path) -> list[list[str]]:
+    """The cells of each table row."""
+    found = ROW.findall(document.read_text())
+    return [[cell.strip() for cell in row.split("|")] for row in found]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/quality.md"])
+def test_tables_of_the_study_are_copied_unchanged(name: str) -> None:
+    """README may leave out columns, and no row."""
+    text = (ROOT / "docs" / "benchmarks" / "quality" / "tables.md").read_text()
+    table = text.split("## In short\n")[1].split("\n## ")[0]
+    header, _, *measured = [[cell.strip() for cell in row.split("|")] for row in ROW.findall(table)]
+    page = rows(ROOT / name)
+    (shown,) = [row for row in page if row[:2] == header[:2]]
+    kept = [header.index(column) for column in shown]
+    assert set(header[:3]) | {header[-1]} <= set(shown)
+    start = page.index(shown) + 2
+    expected = [[row[column] for column in kept] for row in measured]
+    assert page[start : start + len(measured)] == expected
+
+
+def test_other_tables_are_copied_unchanged() -> None:
+    """Run again, the benchmarks change these pages: copy the figures then."""
+    docs = ROOT / "docs"
+    sweep = "### Size of the features and of the batches\n"
+    measured = (docs / "benchmarks" / "quality" / "tables.md").read_text().split(sweep)[1]
+    assert measured.split("\n## ")[0].strip() in (docs / "quality.md").read_text()
+    known = {
+        cell
+        for name in ("speed.md", "scale.md")
+        for row in rows(docs / "benchmarks" / name)
+        for cell in row
+    }
+    copied = [row for row in rows(docs / "cost.md") if len(row) > 5]
+    shown = {cell for row in copied for cell in row[1:] if cell[-1:] in {"s", "B"}}
+    assert len(shown) > 50
+    assert shown <= known
+
+
+def test_files_beside_the_pages_are_small() -> None:
+    """They are committed anew whenever they are measured again."""
+    files = [path for path in (ROOT / "docs").rglob("*") if path.is_file()]
+    sizes = {
+        path: path.stat().st_size for path in files if path.suffix in {".json", ".png", ".svg"}
+    }
+    assert {path.suffix for path in files if "__pycache__" not in path.parts} <= {
+        *(path.suffix for path in sizes),
+        ".css",
+        ".md",
+        ".py",
+    }
+    assert sum(size for path, size in sizes.items() if path.suffix == ".json") < 400_000
+    assert all(size < 120_000 for path, size in sizes.items() if path.suffix != ".json")
+    assert sum(sizes.values()) < 1_000_000
 
 
 def pictures() -> Iterator[tuple[Path, str]]:
@@ -78,7 +154,7 @@ def pictures() -> Iterator[tuple[Path, str]]:
         yield from ((path.resolve(), text) for shown, text, path, _ in links(document) if shown)
 
 
-def test_pictures_have_a_text_in_their_place() -> None:
+def test_pictures_have_an_alternative_text() -> None:
     found = list(pictures())
     assert {"course.png", "cost.svg"} <= {path.name for path, _ in found}
     for path, text in found:
@@ -90,7 +166,7 @@ def test_pictures_have_a_text_in_their_place() -> None:
     "path", sorted({path for path, _ in pictures()}), ids=lambda path: path.name
 )
 def test_pictures_stand_on_white(path: Path) -> None:
-    """Black on transparent would be lost in a dark page."""
+    """Black on transparent would be invisible on a dark page."""
     if path.suffix == ".svg":
         background = re.search(r'<g id="patch_1">.*?</g>', path.read_text(), re.DOTALL)
         assert background
@@ -117,8 +193,20 @@ def test_documents_name_the_version() -> None:
     assert f"\n## [{version}] - {released}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_readme_cites_the_paper_as_the_citation_file_does() -> None:
+    (entry,) = [code for language, code in blocks(ROOT / "README.md") if language == "bibtex"]
+    fields = dict(re.findall(r"(\w+) = \{([^}]*)\}", entry))
+    paper = (ROOT / "CITATION.cff").read_text().split("preferred-citation:")[1]
+    for field in ("title", "volume", "year"):
+        assert f"\n  {field}: {fields[field]}\n" in paper + "\n"
+    first, last = fields["pages"].split("--")
+    assert f"\n  start: {first}\n  end: {last}\n" in paper
+    authors = re.findall(r"family-names: (\w+), given-names: ([\w.]+)", paper)
+    assert fields["author"] == " and ".join(f"{family}, {given}" for family, given in authors)
+
+
 def test_features_given_by_hand_are_those_of_their_labels() -> None:
-    """In each block of the recipes, every row is that of a sample with the label beside it."""
+    """In each block of the recipes, features and logits belong to the samples of their labels."""
     (setting, *ways) = [
         code for code in programs(ROOT / "docs" / "recipes.md") if "segment" not in code
     ]

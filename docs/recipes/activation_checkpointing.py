@@ -1,7 +1,7 @@
-"""Activation checkpointing of the model's body; the loss stays outside of it.
+"""Activation checkpointing of the model's body, with the loss outside of it.
 
-What is checkpointed runs twice, and a loss in it would move its centers twice. The head may be in
-it, with `use_reentrant=False`: the other kind records no gradients.
+A checkpointed region runs twice, and a loss inside would move its centers twice. The head may be
+inside with `use_reentrant=False`; the other kind records no gradients.
 """
 
 import torch

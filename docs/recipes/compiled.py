@@ -12,7 +12,7 @@ backbone = nn.Sequential(nn.Linear(PATTERN_SIZE, 64), nn.ReLU(), nn.Linear(64, 1
 head = nn.Linear(16, NUM_CLASSES)
 optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=3e-3)
 
-# The model alone. The loss comes first, for the compiler to see what it watches.
+# The model alone. Create the loss first, so that the compiler sees the watched head.
 model = nn.Sequential(backbone, head)
 criterion = SoftmaxSeparateLoss(head)
 compiled_model = torch.compile(model, fullgraph=True)
@@ -26,7 +26,7 @@ for inputs, labels in batches(100):
     losses.append(loss.item())
 criterion.unwatch()
 
-# Model and loss together, centers included.
+# Model and loss together, with the update of the centers.
 separate = SeparateLoss(NUM_CLASSES, feature_dim=16)
 
 

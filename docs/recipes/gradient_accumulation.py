@@ -1,7 +1,7 @@
-"""Gradients of several small batches, one step of the optimizer.
+"""Accumulates the gradients of several small batches for one step of the optimizer.
 
-Each small batch moves the centers, as each moves BatchNorm's statistics; its gradients are those of
-the centers that it was called with.
+Each small batch moves the centers, as it moves BatchNorm's statistics. Its gradients are computed
+with the centers before that move.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""An optimizer that evaluates the loss many times a step, as `torch.optim.LBFGS` does.
+"""An optimizer that evaluates the loss many times per step: `torch.optim.LBFGS`.
 
-Within a step the centers stay, by the loss in evaluation mode, so that the optimizer sees one
-function; then one pass moves them.
+Within a step the loss is in evaluation mode, so the centers are fixed and the optimizer minimises
+one function. After the step, one pass moves the centers.
 """
 
 import torch

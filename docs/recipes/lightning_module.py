@@ -1,7 +1,7 @@
-"""A LightningModule with the criterion within, a validation loop and a resumed run.
+"""A LightningModule that contains the criterion, with a validation loop and a resumed run.
 
-As a part of the module, the criterion goes to its device, into evaluation mode and, with its
-centers, into its checkpoints.
+As a submodule, the criterion follows the module to its device and into evaluation mode, and its
+centers are saved in the checkpoints.
 """
 
 import logging

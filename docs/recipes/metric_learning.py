@@ -1,7 +1,7 @@
-"""Beside pytorch-metric-learning's triplet loss and one of its miners.
+"""Adds the separate loss to pytorch-metric-learning's triplet loss with one of its miners.
 
-Both losses are called alike, `loss(embeddings, labels)`. Triplets act between single samples, the
-separate loss between samples and centers; the centers then classify, with no head at all.
+Both losses are called as `loss(embeddings, labels)`. Triplets compare single samples; the separate
+loss compares samples with centers. The centers then classify, without a head.
 """
 
 import torch
@@ -14,7 +14,7 @@ from separate_loss import SeparateLoss
 from separate_loss.functional import similarity
 
 torch.manual_seed(0)
-# The last layer is linear: embeddings can be negative, as the separate loss wants them.
+# The last layer is linear, so embeddings can be negative, as the separate loss requires.
 model = nn.Sequential(nn.Linear(PATTERN_SIZE, 64), nn.ReLU(), nn.Linear(64, 16))
 miner = TripletMarginMiner(margin=0.2, type_of_triplets="semihard")
 triplet = TripletMarginLoss(margin=0.2)
@@ -24,7 +24,7 @@ optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 losses, mined = [], []
 for inputs, labels in batches(150):
     embeddings = model(inputs)
-    triplets = miner(embeddings, labels)  # theirs alone: ours has no use for triplets
+    triplets = miner(embeddings, labels)  # only for the triplet loss
     loss = triplet(embeddings, labels, triplets) + 0.9 * separate(embeddings, labels)
     optimizer.zero_grad()
     loss.backward()

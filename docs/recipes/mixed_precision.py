@@ -1,7 +1,7 @@
 """Automatic mixed precision with a gradient scaler.
 
-The loss computes in float32 whatever autocast does. A batch that overflows gives a loss that is not
-finite, the scaler skips the step, and the samples that overflowed leave the centers alone.
+The loss computes in float32 under autocast. If a batch overflows, its loss is not finite, the
+scaler skips the step, and the samples that overflowed do not move the centers.
 """
 
 import torch
@@ -23,7 +23,7 @@ losses = []
 for step, (inputs, labels) in enumerate(batches(150)):
     inputs, labels = inputs.to(device), labels.to(device)  # noqa: PLW2901
     if step == 50:
-        inputs[0] = torch.inf  # an overflow, which costs this step and nothing else
+        inputs[0] = torch.inf  # an overflow: only this step is skipped
     with torch.autocast(device, dtype=torch.float16):
         loss = criterion(model(inputs), labels)
     optimizer.zero_grad()

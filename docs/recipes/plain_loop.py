@@ -20,7 +20,7 @@ for inputs, labels in batches(150):
     loss.backward()
     optimizer.step()
 
-# Centers move only in training mode and with gradients on.
+# Centers move only in training mode with gradients enabled.
 separate.eval()
 statistics = metrics.ClassStatistics(NUM_CLASSES, feature_dim=16)
 correct, total = 0, 0

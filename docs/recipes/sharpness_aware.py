@@ -1,6 +1,6 @@
-"""Sharpness-aware minimisation (SAM): two passes for each step, of which one moves the centers.
+"""Sharpness-aware minimisation (SAM): two passes per step, of which the first moves the centers.
 
-The second pass runs with the loss in evaluation mode, which keeps gradients and leaves centers.
+The second pass runs with the loss in evaluation mode: gradients flow, and the centers do not move.
 """
 
 import torch

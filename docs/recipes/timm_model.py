@@ -1,7 +1,7 @@
-"""A timm model, which returns logits only: `get_classifier()` is the layer to watch.
+"""A timm model, which returns only logits: watch the layer `get_classifier()`.
 
-A vision transformer's last features can be negative. Those of a ResNet, after ReLU and pooling,
-cannot.
+The features of a vision transformer can be negative. Those of a ResNet, after ReLU and pooling,
+cannot: see neck.py.
 """
 
 import timm
@@ -13,13 +13,13 @@ from separate_loss import SoftmaxSeparateLoss
 torch.manual_seed(0)
 model = timm.create_model(
     "test_vit",
-    pretrained=False,  # True loads weights for the body; the rest stays as it is
+    pretrained=False,  # True loads weights for the body
     num_classes=NUM_CLASSES,
     in_chans=1,
     img_size=(4, 8),
     patch_size=2,
 )
-# After any `reset_classifier`, which puts another layer there.
+# After any `reset_classifier`, which replaces the layer.
 criterion = SoftmaxSeparateLoss(model.get_classifier())
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 

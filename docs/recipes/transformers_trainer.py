@@ -1,8 +1,8 @@
 """A Hugging Face classifier in its Trainer, with gradient accumulation and a resumed run.
 
-The criterion is a part of the model. So the Trainer moves it to the model's device, puts it in
-evaluation mode with the model, and keeps its centers in the model's checkpoints. The loss is taken
-inside of `forward`, from the head's own output: mixed precision may convert what leaves the model.
+The criterion is a submodule of the model. So the Trainer moves it to the model's device, switches
+it to evaluation mode with the model, and saves its centers in the model's checkpoints. The loss
+uses the head's output in `forward`, because mixed precision may convert the model's output.
 """
 
 from tempfile import TemporaryDirectory
@@ -22,7 +22,7 @@ examples = [
     for pattern, label in zip(inputs, labels, strict=True)
 ]
 seen, unseen = examples[:-640], examples[-640:]
-# A small model from a configuration; one from `from_pretrained` is treated alike.
+# A small model from a configuration; one from `from_pretrained` works the same way.
 config = transformers.ConvNextV2Config(
     num_channels=1,
     patch_size=2,
@@ -47,13 +47,12 @@ class Classifier(transformers.ConvNextV2ForImageClassification):  # type: ignore
         outputs = super().forward(pixel_values)
         outputs.loss = self.criterion(outputs.logits, labels)
         if num_items_in_batch is not None:
-            # The Trainer adds up the losses of accumulated batches: each is to give its share.
+            # The Trainer sums the losses of accumulated batches, so each returns its share.
             outputs.loss = outputs.loss * (len(labels) / num_items_in_batch)
         return outputs
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        # `from_pretrained` calls this for modules that it made without values; it marks what it
-        # loaded.
+        # `from_pretrained` calls this for modules without values. It marks the loaded tensors.
         if isinstance(module, SeparateLoss):
             if not getattr(module.centers, "_is_hf_initialized", False):
                 module.reset_parameters()
@@ -99,7 +98,7 @@ with TemporaryDirectory() as folder:
     trainer.save_model(folder)
     loaded = Classifier.from_pretrained(folder)
     loaded_alike = torch.equal(loaded.criterion.separate.centers.cpu(), centers.cpu())
-    # Of a model without the loss, as one from a hub: centers start anew.
+    # From a checkpoint without the loss, such as one from a hub, centers start at zero.
     transformers.ConvNextV2ForImageClassification(config).save_pretrained(folder)
     fresh = not Classifier.from_pretrained(folder).criterion.separate.centers.any()
 
