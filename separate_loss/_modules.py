@@ -108,7 +108,7 @@ class SeparateLoss(nn.Module):
 
     Source:
         Li et al., ACML 2019, PMLR 101:897-911. The paper gives neither `center_lr` nor starting
-        values; docs/choosing.md says why these.
+        values; docs/theory.md explains the choice.
 
     """
 

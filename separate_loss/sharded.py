@@ -36,7 +36,7 @@ class ShardedSeparateLoss(nn.Module):
 
     Each process brings its own part of the batch and gets the loss of `SeparateLoss` on it. Samples
     meet their centers by messages that hold at most a row per sample, so that no message and no
-    process holds C x d values. docs/scaling.md counts them.
+    process holds C x d values. docs/cost.md counts them.
 
     Every process must make every call, in training and in evaluation: one without samples calls
     with an empty batch. Keep the module out of `DistributedDataParallel`, which would make its

@@ -1,4 +1,4 @@
-"""What older releases of torch cannot do; docs/index.md says so to users."""
+"""What older releases of torch cannot do; docs/guide.md says so to users."""
 
 import pytest
 
