@@ -96,7 +96,8 @@ def _update_all_(
     if start_zeros:
         starting = norms.isinf() & (counts >= 0.5)
         directions = sums / vector_norms(sums).unsqueeze(-1)
-        updated = torch.where(starting.unsqueeze(-1), directions, updated)
+        # Added, as a center whose norm overflows has an infinite norm too.
+        updated = torch.where(starting.unsqueeze(-1), centers + directions, updated)
     centers.copy_(updated)
 
 
