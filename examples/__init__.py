@@ -1,0 +1,1 @@
+"""Programs to read: `python -m examples.digits`."""
