@@ -36,10 +36,7 @@ FORMS = {
     "gradient, no step": ("SeparateLoss, gradient, no step", "#8ab6d6"),
     "textbook": ("textbook", "#c1440e"),
 }
-TITLES = {
-    "num_classes": f"## Over classes, {SAMPLES} samples",
-    "num_samples": f"## Over samples, {CLASSES:,} classes",
-}
+FIXED = {"num_classes": f"{SAMPLES} samples", "num_samples": f"{CLASSES:,} classes"}
 
 Points = Sequence[Mapping[str, Any]]
 
@@ -73,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     parts = ["# How cost grows", provenance(results.environment)]
     for axis, forms in curves.items():
-        parts += [TITLES[axis], _table(axis, forms)]
+        parts += [f"## Over {axis.removeprefix('num_')}, {FIXED[axis]}", _table(axis, forms)]
     write(options.output / "scale.md", "\n\n".join(parts) + "\n")
     save_svg(_draw("num_classes", curves["num_classes"]), options.output / "cost.svg")
     print(f"\nWritten to {options.output}")
@@ -116,7 +113,6 @@ def _draw(axis: str, forms: Mapping[str, Points]) -> Figure:
                 axes.loglog(*zip(*shown, strict=True), "o-", color=color, label=name)
         axes.set(xlabel=axis.removeprefix("num_"), title=title)
         axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
     numbers, floors = zip(*((one[axis], 1e3 * one["floor"]) for one in forms["paper"]), strict=True)
     panels[0].loglog(numbers, floors, "--", color="black", label="the floor")
     handles, labels = panels[0].get_legend_handles_labels()

@@ -1,1 +1,1 @@
-"""Programs to read: `python -m examples.digits`."""
+"""Programs to start from."""

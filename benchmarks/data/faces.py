@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,6 +73,7 @@ def _load_csv(path: Path) -> Faces:
 
 def split_faces(faces: Faces, most: int) -> tuple[Split, Split, Split]:
     """Parts to train on (at most `most`), to tune on and to report; always the same."""
+    divide = partial(train_test_split, random_state=0)
     train, validation, test = (
         np.flatnonzero(faces.split == name) for name in ("train", "validation", "test")
     )
@@ -81,20 +83,14 @@ def split_faces(faces: Faces, most: int) -> tuple[Split, Split, Split]:
         tuning = validation
     else:  # tunes on a held-out fifth
         test = test if len(test) else validation
-        train, tuning = _divide(train, faces.labels, 0.2)
+        train, tuning = divide(train, test_size=0.2, stratify=faces.labels[train])
     if len(train) > most:
-        train, _ = _divide(train, faces.labels, 1 - most / len(train))
+        unused = 1 - most / len(train)
+        train, _ = divide(train, test_size=unused, stratify=faces.labels[train])
     images, labels = torch.from_numpy(faces.images).unsqueeze(1), torch.from_numpy(faces.labels)
     rows = (torch.from_numpy(part) for part in (train, tuning, test))
     training, tuned, reported = (Split((images[i].float() - 128) / 64, labels[i]) for i in rows)
     return training, tuned, reported
-
-
-def _divide(
-    index: NDArray[np.int64], labels: NDArray[np.int64], share: float
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    first, second = train_test_split(index, test_size=share, random_state=0, stratify=labels[index])
-    return first, second
 
 
 def mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
