@@ -79,8 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _measure(form: str, size: Size, *where: Any) -> dict[str, Any]:
     """In a new process, where nothing was allocated before."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        measured = pool.submit(measure_step, FORMS[form][0], size, *where).result()
-    return size._asdict() | measured
+        return size._asdict() | pool.submit(measure_step, FORMS[form][0], size, *where).result()
 
 
 def _table(axis: str, forms: Mapping[str, Points]) -> str:

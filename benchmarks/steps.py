@@ -79,7 +79,9 @@ def measure(step: Step, threads: int, seconds: float) -> dict[str, Any]:
     return {"median": timed.median, "iqr": timed.iqr, "runs": runs}
 
 
-def measure_step(name: str, size: Size, device: str, threads: int, seconds: float) -> Any:
+def measure_step(
+    name: str, size: Size, device: str, threads: int, seconds: float
+) -> dict[str, Any]:
     """Times of a step and of the floor, and the step's peak of memory."""
     torch.set_num_threads(threads)
     free, loss = free_memory(device), LOSSES[name]
