@@ -1,4 +1,4 @@
-"""Hypothesis profiles: `ci` draws the same cases each time, `fuzz` draws many new ones."""
+"""Hypothesis profiles: `ci` draws the same cases in each run, `fuzz` draws many new ones."""
 
 import os
 
@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.helpers import properties
 
-# Before anything imports Triton: its kernels then run on the CPU.
+# Set before Triton is imported: its kernels then run on the CPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("ci", max_examples=60, derandomize=True, deadline=None, print_blob=True)
@@ -22,4 +22,4 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    terminalreporter.write_line(f"{properties.cases_drawn} cases drawn by Hypothesis")
+    terminalreporter.write_line(f"{properties.num_cases} cases drawn by Hypothesis")

@@ -114,7 +114,7 @@ def test_island_loss(target: Tensor) -> None:
 def test_textbook_separate_loss(target: Tensor) -> None:
     criterion = baselines.TextbookSeparateLoss(5, 6)
     loss, grad, grad_centers, features, centers = run(criterion, target)
-    shares, ones = reference.shares_of(target.numpy(), 5), np.ones(5)
+    shares, ones = reference.one_hot(target.numpy(), 5), np.ones(5)
     assert loss == pytest.approx(
         float(reference.separate_loss(features, shares, centers, ones, "mean"))
     )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from separate_loss import SeparateLoss, SoftmaxSeparateLoss, metrics, separate_loss
 from separate_loss._triton import backend
 from separate_loss.functional import update_centers
-from tests.helpers.properties import REDUCTIONS, Problem, assert_equal, holds_for, problems
+from tests.helpers.properties import REDUCTIONS, Problem, assert_equal, problems, property_test
 
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "0":
     pytest.skip(
@@ -87,8 +87,8 @@ def assert_equals_cpu(
         assert_equal(one, other.numpy(), dtype)
 
 
-@holds_for(
-    problem=problems(reach=3, least_samples=0),
+@property_test(
+    problem=problems(max_exponent=3, min_samples=0),
     dtype=DTYPES,
     reduction=REDUCTIONS,
     scale_free=st.booleans(),
@@ -103,8 +103,10 @@ def test_operators_equal_those_of_a_cpu(
 
 @pytest.mark.skipif("triton" not in FORMS, reason="needs Triton")
 @settings(max_examples=settings().max_examples // 3)  # each size is compiled anew
-@holds_for(
-    problem=problems(kind="indices", weighted=False, least_samples=0, most=(64, 40, 300), reach=3),
+@property_test(
+    problem=problems(
+        kind="indices", weighted=False, min_samples=0, max_sizes=(64, 40, 300), max_exponent=3
+    ),
     dtype=DTYPES,
     scale_free=st.booleans(),
     center_lr=st.sampled_from([None, CENTER_LR]),
@@ -290,7 +292,7 @@ def test_state_moves_between_devices() -> None:
     )
 
 
-@holds_for(problem=problems(kind="indices", reach=3))
+@property_test(problem=problems(kind="indices", max_exponent=3))
 def test_metrics_equal_those_of_a_cpu(problem: Problem) -> None:
     def measured(problem: Problem) -> list[Tensor]:
         features, target, centers = problem.features, problem.target, problem.centers

@@ -31,8 +31,8 @@ def batches(kind: str, steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:
         inputs = torch.randn(BATCH, INPUT_DIM, generator=generator, dtype=torch.float64)
         target = torch.randint(NUM_CLASSES, (BATCH,), generator=generator)
         if kind == "probabilities":
-            shares = torch.rand(BATCH, NUM_CLASSES, generator=generator, dtype=torch.float64)
-            target = shares.softmax(-1)
+            logits = torch.rand(BATCH, NUM_CLASSES, generator=generator, dtype=torch.float64)
+            target = logits.softmax(-1)
         drawn.append((inputs, target))
     return drawn
 
@@ -154,7 +154,7 @@ def test_all_are_equal_again_after_loading() -> None:
         assert torch.equal(one, other)
 
 
-SHARES = {2: [5, 0], 3: [5, 3, 0]}
+PART_SIZES = {2: [5, 0], 3: [5, 3, 0]}
 
 
 def follow(rank: int, size: int) -> Tensor:
@@ -162,8 +162,8 @@ def follow(rank: int, size: int) -> Tensor:
     criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, dtype=torch.float64)
     generator = torch.Generator().manual_seed(3)
     for step in range(20):
-        shares = SHARES[3] if size != 2 else SHARES[2]
-        count = sum(shares)
+        sizes = PART_SIZES[3 if size == 1 else size]
+        count = sum(sizes)
         features = torch.randn(count, FEATURE_DIM, generator=generator, dtype=torch.float64)
         target = torch.randint(NUM_CLASSES, (count,), generator=generator)
         if step % 5 == 1:
@@ -171,7 +171,7 @@ def follow(rank: int, size: int) -> Tensor:
         if step % 5 == 2:
             target[1] = -100
         if size > 1:
-            features, target = features.split(shares)[rank], target.split(shares)[rank]
+            features, target = features.split(sizes)[rank], target.split(sizes)[rank]
         criterion(features.requires_grad_(), target).sum().backward()
     return criterion.centers
 

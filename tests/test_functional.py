@@ -10,7 +10,7 @@ from separate_loss import functional as F
 from separate_loss import separate_loss
 from separate_loss._checks import Reduction, Separation
 from tests.helpers import reference
-from tests.helpers.properties import REDUCTIONS, Problem, assert_equal, holds_for, problems
+from tests.helpers.properties import REDUCTIONS, Problem, assert_equal, problems, property_test
 
 # Norms that each type can hold together with their gradients.
 DTYPES = [
@@ -21,8 +21,8 @@ DTYPES = [
 ]
 
 
-def drawn(data: st.DataObject, dtype: torch.dtype, reach: int, **options: object) -> Problem:
-    return data.draw(problems(reach=reach, **options)).to(dtype)  # type: ignore[arg-type]
+def drawn(data: st.DataObject, dtype: torch.dtype, max_exponent: int, **options: object) -> Problem:
+    return data.draw(problems(max_exponent=max_exponent, **options)).to(dtype)  # type: ignore[arg-type]
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
@@ -30,10 +30,10 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
-@holds_for(data=st.data())
-def test_similarity_is_eq_1(data: st.DataObject, dtype: torch.dtype, reach: int) -> None:
-    problem = drawn(data, dtype, reach)
+@pytest.mark.parametrize(("dtype", "max_exponent"), DTYPES)
+@property_test(data=st.data())
+def test_similarity_is_eq_1(data: st.DataObject, dtype: torch.dtype, max_exponent: int) -> None:
+    problem = drawn(data, dtype, max_exponent)
     a, b = problem.features[0], problem.centers
     features, _, centers = problem.arrays
     expected = [reference.similarity(features[0], center) for center in centers]
@@ -44,12 +44,12 @@ def test_similarity_is_eq_1(data: st.DataObject, dtype: torch.dtype, reach: int)
     assert ((result >= 0) & (result <= 1)).all()
 
 
-@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
-@holds_for(data=st.data(), reduction=REDUCTIONS)
+@pytest.mark.parametrize(("dtype", "max_exponent"), DTYPES)
+@property_test(data=st.data(), reduction=REDUCTIONS)
 def test_intra_class_loss_is_eq_2(
-    data: st.DataObject, reduction: Reduction, dtype: torch.dtype, reach: int
+    data: st.DataObject, reduction: Reduction, dtype: torch.dtype, max_exponent: int
 ) -> None:
-    problem = drawn(data, dtype, reach)
+    problem = drawn(data, dtype, max_exponent)
     result = F.intra_class_loss(
         problem.features,
         problem.target,
@@ -62,20 +62,22 @@ def test_intra_class_loss_is_eq_2(
     assert_equal(result, expected, computed_in(dtype))
 
 
-@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
-@holds_for(data=st.data())
-def test_inter_class_loss_is_eq_3(data: st.DataObject, dtype: torch.dtype, reach: int) -> None:
-    problem = drawn(data, dtype, reach)
-    result = F.inter_class_loss(problem.centers)
-    assert_equal(result, reference.inter(problem.arrays[2]), computed_in(dtype))
-
-
-@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
-@holds_for(data=st.data(), reduction=REDUCTIONS)
-def test_separate_loss_is_eq_4(
-    data: st.DataObject, reduction: Reduction, dtype: torch.dtype, reach: int
+@pytest.mark.parametrize(("dtype", "max_exponent"), DTYPES)
+@property_test(data=st.data())
+def test_inter_class_loss_is_eq_3(
+    data: st.DataObject, dtype: torch.dtype, max_exponent: int
 ) -> None:
-    problem = drawn(data, dtype, reach)
+    problem = drawn(data, dtype, max_exponent)
+    result = F.inter_class_loss(problem.centers)
+    assert_equal(result, reference.inter_loss(problem.arrays[2]), computed_in(dtype))
+
+
+@pytest.mark.parametrize(("dtype", "max_exponent"), DTYPES)
+@property_test(data=st.data(), reduction=REDUCTIONS)
+def test_separate_loss_is_eq_4(
+    data: st.DataObject, reduction: Reduction, dtype: torch.dtype, max_exponent: int
+) -> None:
+    problem = drawn(data, dtype, max_exponent)
     result = separate_loss(
         problem.features,
         problem.target,
@@ -89,10 +91,12 @@ def test_separate_loss_is_eq_4(
     assert_equal(result, expected, result.dtype)
 
 
-@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
-@holds_for(data=st.data())
-def test_gradient_of_features_is_eq_5(data: st.DataObject, dtype: torch.dtype, reach: int) -> None:
-    problem = drawn(data, dtype, reach)
+@pytest.mark.parametrize(("dtype", "max_exponent"), DTYPES)
+@property_test(data=st.data())
+def test_gradient_of_features_is_eq_5(
+    data: st.DataObject, dtype: torch.dtype, max_exponent: int
+) -> None:
+    problem = drawn(data, dtype, max_exponent)
     features, centers = problem.requiring_grad()
     separate_loss(
         features,
@@ -107,12 +111,12 @@ def test_gradient_of_features_is_eq_5(data: st.DataObject, dtype: torch.dtype, r
     assert_equal_times_norms(features.grad, expected, problem.arrays[0], dtype)
 
 
-@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
-@holds_for(data=st.data())
+@pytest.mark.parametrize(("dtype", "max_exponent"), DTYPES)
+@property_test(data=st.data())
 def test_gradient_of_centers_is_that_of_eq_4(
-    data: st.DataObject, dtype: torch.dtype, reach: int
+    data: st.DataObject, dtype: torch.dtype, max_exponent: int
 ) -> None:
-    problem = drawn(data, dtype, reach, weighted=False)
+    problem = drawn(data, dtype, max_exponent, weighted=False)
     features, centers = problem.requiring_grad()
     separate_loss(
         features.detach(), problem.target, centers, ignore_index=problem.ignore_index
@@ -123,12 +127,12 @@ def test_gradient_of_centers_is_that_of_eq_4(
     assert_equal_times_norms(centers.grad, expected, problem.arrays[2], dtype)
 
 
-@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
-@holds_for(data=st.data(), center_lr=st.sampled_from([0.0, 0.01, 1.0, 10.0, None]))
+@pytest.mark.parametrize(("dtype", "max_exponent"), DTYPES)
+@property_test(data=st.data(), center_lr=st.sampled_from([0.0, 0.01, 1.0, 10.0, None]))
 def test_update_centers_is_eq_6_to_8(
-    data: st.DataObject, center_lr: float | None, dtype: torch.dtype, reach: int
+    data: st.DataObject, center_lr: float | None, dtype: torch.dtype, max_exponent: int
 ) -> None:
-    problem = drawn(data, dtype, reach, weighted=False)
+    problem = drawn(data, dtype, max_exponent, weighted=False)
     before = problem.centers.clone()
     result = F.update_centers(
         problem.features,
@@ -139,11 +143,13 @@ def test_update_centers_is_eq_6_to_8(
     )
     assert result.dtype == dtype
     assert torch.equal(before, problem.centers)
-    features, shares, centers = problem.arrays
-    expected = reference.update_centers(features, shares, centers, center_lr)
+    features, probabilities, centers = problem.arrays
+    expected = reference.update_centers(features, probabilities, centers, center_lr)
     # A step is of the size center_lr / norm; relative to it and to the center itself.
     size = np.linalg.norm(centers, axis=1)
-    alpha = reference.rate(shares, len(centers)) if center_lr is None else center_lr
+    alpha = (
+        reference.default_center_lr(probabilities, len(centers)) if center_lr is None else center_lr
+    )
     step = np.divide(alpha, size, out=np.zeros_like(size), where=size > 0)
     scale = np.where(size > 0, np.maximum(size, step), 1.0)[:, None]
     actual = result.double() / torch.from_numpy(scale)

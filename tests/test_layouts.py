@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from separate_loss import SoftmaxSeparateLoss, separate_loss
 from separate_loss.functional import update_centers
-from tests.helpers.properties import holds_for
+from tests.helpers.properties import property_test
 
 NUM_CLASSES, FEATURE_DIM = 4, 6
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -47,9 +47,9 @@ def by_hand(
     kept = target != ignore_index
     features, logits, target = features[kept], logits[kept], target[kept]
     softmax = F.cross_entropy(logits, target, weight=weight, label_smoothing=label_smoothing)
-    shares = F.one_hot(target, NUM_CLASSES).to(features.dtype)
-    shares = (1 - label_smoothing) * shares + label_smoothing / NUM_CLASSES
-    return softmax + 0.9 * separate_loss(features, shares, centers, weight=weight)
+    probabilities = F.one_hot(target, NUM_CLASSES).to(features.dtype)
+    probabilities = (1 - label_smoothing) * probabilities + label_smoothing / NUM_CLASSES
+    return softmax + 0.9 * separate_loss(features, probabilities, centers, weight=weight)
 
 
 def rows(values: Tensor, class_dim: int) -> Tensor:
@@ -57,7 +57,7 @@ def rows(values: Tensor, class_dim: int) -> Tensor:
     return values.reshape(-1, values.shape[-1])
 
 
-@holds_for(
+@property_test(
     kind=st.sampled_from(["linear", "transposed", *CONVOLUTIONS]),
     sizes=st.lists(st.sampled_from([1, 2, NUM_CLASSES, FEATURE_DIM]), min_size=3, max_size=3),
     num_samples=st.sampled_from([1, 3, NUM_CLASSES, FEATURE_DIM]),
@@ -117,11 +117,11 @@ def test_every_layout_gives_what_a_loop_by_hand_gives(
         torch.autograd.grad(expected, [twin, *head.parameters()]),
     )
     kept = target.flatten() != 255
-    shares: Tensor = target.flatten()[kept]
+    probabilities: Tensor = target.flatten()[kept]
     if label_smoothing:
-        shares = F.one_hot(shares, NUM_CLASSES).double()
-        shares = (1 - label_smoothing) * shares + label_smoothing / NUM_CLASSES
-    moved = update_centers(samples.detach()[kept], shares, centers, center_lr=None)
+        probabilities = F.one_hot(probabilities, NUM_CLASSES).double()
+        probabilities = (1 - label_smoothing) * probabilities + label_smoothing / NUM_CLASSES
+    moved = update_centers(samples.detach()[kept], probabilities, centers, center_lr=None)
     torch.testing.assert_close(criterion.separate.centers, moved)
 
 

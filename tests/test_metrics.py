@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from separate_loss import functional, metrics
 from tests.helpers import reference
-from tests.helpers.properties import Problem, assert_equal, holds_for, problems
+from tests.helpers.properties import Problem, assert_equal, problems, property_test
 
-labelled = problems(kind="indices", reach=3, ignoring=False)
+labelled = problems(kind="indices", max_exponent=3, ignoring=False)
 
 
-@holds_for(problem=labelled)
+@property_test(problem=labelled)
 def test_figures_are_those_of_the_oracle(problem: Problem) -> None:
     features, _, centers = problem.arrays
     target, num_classes = problem.target.numpy(), len(centers)
@@ -43,7 +43,7 @@ def test_figures_are_those_of_the_oracle(problem: Problem) -> None:
     assert_equal(agreement, np.array(expected), torch.float64)
 
 
-@holds_for(problem=labelled)
+@property_test(problem=labelled)
 def test_means_leave_absent_classes_out(problem: Problem) -> None:
     arguments = problem.features, problem.target
     centers = metrics.class_centers(*arguments, len(problem.centers))
@@ -66,7 +66,7 @@ def test_means_leave_absent_classes_out(problem: Problem) -> None:
         assert (present.abs() <= 1).all()
 
 
-@holds_for(problem=labelled, size=st.integers(1, 20))
+@property_test(problem=labelled, size=st.integers(1, 20))
 def test_batches_give_what_the_whole_gives(problem: Problem, size: int) -> None:
     num_classes, feature_dim = problem.centers.shape
     statistics = metrics.ClassStatistics(num_classes, feature_dim)
@@ -88,7 +88,7 @@ def test_batches_give_what_the_whole_gives(problem: Problem, size: int) -> None:
     )
 
 
-@holds_for(problem=problems(kind="indices", reach=3, ignoring=True))
+@property_test(problem=problems(kind="indices", max_exponent=3, ignoring=True))
 def test_ignored_samples_are_left_out(problem: Problem) -> None:
     kept = problem.target != problem.ignore_index
     features = problem.features.clone()
@@ -123,7 +123,7 @@ def test_one_class_alone_is_not_apart_from_any() -> None:
     assert metrics.inter_class_similarity(centers, reduction="none").isnan().all()
 
 
-@holds_for(problem=problems(reach=3), seed=st.integers(0, 2**32 - 1))
+@property_test(problem=problems(max_exponent=3), seed=st.integers(0, 2**32 - 1))
 def test_the_nearest_center_is_that_of_the_largest_cosine(problem: Problem, seed: int) -> None:
     features, centers = problem.features, problem.centers
     centers[seed % len(centers)] = 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from separate_loss import SeparateLoss, separate_loss
 from separate_loss import functional as F
 from separate_loss._checks import Reduction
-from tests.helpers.properties import REDUCTIONS, Problem, holds_for, problems
+from tests.helpers.properties import REDUCTIONS, Problem, problems, property_test
 
 NUM_CLASSES, FEATURE_DIM = 5, 4
 
@@ -28,7 +28,7 @@ def batch(size: int = 8) -> tuple[Tensor, Tensor]:
     return features, torch.randint(NUM_CLASSES, (size,))
 
 
-@holds_for(problem=problems(reach=3), reduction=REDUCTIONS)
+@property_test(problem=problems(max_exponent=3), reduction=REDUCTIONS)
 def test_the_loss_is_that_of_the_centers_before_they_move(
     problem: Problem, reduction: Reduction
 ) -> None:
@@ -68,7 +68,7 @@ def test_the_loss_is_that_of_the_centers_before_they_move(
     assert torch.equal(criterion.centers[given], moved[given])
 
 
-@holds_for(problem=problems(reach=3, weighted=True), reduction=REDUCTIONS)
+@property_test(problem=problems(max_exponent=3, weighted=True), reduction=REDUCTIONS)
 def test_both_terms_of_a_step_can_be_logged(problem: Problem, reduction: Reduction) -> None:
     criterion = SeparateLoss(
         *problem.centers.shape,

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from separate_loss import SeparateLoss, SoftmaxSeparateLoss, separate_loss
 from separate_loss.functional import intra_class_loss
-from tests.helpers.properties import holds_for
+from tests.helpers.properties import property_test
 
 NUM_CLASSES, FEATURE_DIM = 4, 6
 CENTERS = torch.randn(NUM_CLASSES, FEATURE_DIM, generator=torch.Generator().manual_seed(1))
@@ -118,7 +118,7 @@ def order_of(samples: Tensor, classes: Tensor) -> Tensor | None:
     return None
 
 
-@holds_for(
+@property_test(
     sizes=st.lists(st.integers(1, 5), min_size=1, max_size=3),
     names=st.lists(st.sampled_from([*VALUES, *SHAPES, *MIXING]), max_size=6),
     graph=st.booleans(),
@@ -211,7 +211,7 @@ def test_two_passes_in_one_are_refused(mode: str) -> None:
     assert torch.equal(criterion.separate.centers, CENTERS)
 
 
-@holds_for(
+@property_test(
     mode=st.sampled_from(MODES[:3]),
     order=st.permutations(range(4)),
     views=st.booleans(),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from separate_loss import SeparateLoss, separate_loss
 from separate_loss import functional as F
-from tests.helpers.properties import Problem, holds_for, problems
+from tests.helpers.properties import Problem, problems, property_test
 
 
 @pytest.mark.parametrize("norm", [1e-18, 1e-12, 1.0, 1e12, 1e18])
@@ -86,7 +86,9 @@ def test_an_empty_batch_moves_centers_apart_and_nothing_else() -> None:
 broken_values = st.sampled_from([torch.nan, torch.inf, -torch.inf])
 
 
-@holds_for(problem=problems(reach=3, weighted=False), value=broken_values, data=st.data())
+@property_test(
+    problem=problems(max_exponent=3, weighted=False), value=broken_values, data=st.data()
+)
 def test_samples_that_are_not_finite_count_for_nothing_in_the_update(
     problem: Problem, value: float, data: st.DataObject
 ) -> None:

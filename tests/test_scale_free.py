@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jvp, vmap
 from separate_loss import SeparateLoss, SoftmaxSeparateLoss, separate_loss
 from separate_loss.functional import intra_class_loss
 from tests.helpers import reference
-from tests.helpers.properties import REDUCTIONS, Problem, assert_equal, holds_for, problems
+from tests.helpers.properties import REDUCTIONS, Problem, assert_equal, problems, property_test
 
 FUNCTIONS = st.sampled_from([separate_loss, intra_class_loss])
 
@@ -26,21 +26,21 @@ def options_of(problem: Problem) -> dict[str, Any]:
     return {"weight": problem.weight, "ignore_index": problem.ignore_index}
 
 
-@holds_for(problem=problems(reach=3))
+@property_test(problem=problems(max_exponent=3))
 def test_the_gradient_is_that_of_the_paper_times_the_norm(problem: Problem) -> None:
     features, centers = problem.requiring_grad()
     options = options_of(problem)
     loss = separate_loss(features, problem.target, centers, scale_free=True, **options)
     of_features, _ = torch.autograd.grad(loss, (features, centers))
-    x, shares, c = problem.arrays
-    expected = reference.features_gradient(x, shares, c, problem.weights)
-    if not shares.any():
+    x, probabilities, c = problem.arrays
+    expected = reference.features_gradient(x, probabilities, c, problem.weights)
+    if not probabilities.any():
         expected[:] = 0
     norms = problem.features.norm(dim=-1, keepdim=True).numpy()
     assert_equal(of_features, expected * norms, torch.float64)
 
 
-@holds_for(problem=problems(reach=3), reduction=REDUCTIONS, function=FUNCTIONS)
+@property_test(problem=problems(max_exponent=3), reduction=REDUCTIONS, function=FUNCTIONS)
 def test_values_and_the_gradient_for_centers_stay_bit_for_bit(
     problem: Problem, reduction: Any, function: Any
 ) -> None:
@@ -56,8 +56,8 @@ def test_values_and_the_gradient_for_centers_stay_bit_for_bit(
         assert torch.equal(one, other)
 
 
-@holds_for(
-    problem=problems(reach=1), dtype=st.sampled_from([torch.float64, torch.float32]),
+@property_test(
+    problem=problems(max_exponent=1), dtype=st.sampled_from([torch.float64, torch.float32]),
     seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
 def test_the_size_of_features_does_not_matter(

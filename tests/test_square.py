@@ -14,7 +14,7 @@ from torch.func import vmap
 from separate_loss import SeparateLoss, _ops, separate_loss
 from separate_loss.functional import inter_class_loss, update_centers
 from tests.helpers import reference
-from tests.helpers.properties import Problem, assert_equal, holds_for, problems
+from tests.helpers.properties import Problem, assert_equal, problems, property_test
 
 seeds = st.integers(0, 2**32 - 1)
 # Fewer classes than dimensions, as many, and more: the Gram matrix is another one.
@@ -34,34 +34,36 @@ def doubles(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-@holds_for(problem=problems(), dtype=st.sampled_from([torch.float64, torch.float32]))
+@property_test(problem=problems(), dtype=st.sampled_from([torch.float64, torch.float32]))
 def test_value_gradient_and_update_are_those_of_the_oracle(
     problem: Problem, dtype: torch.dtype
 ) -> None:
     problem = problem.to(dtype)
-    x, shares, c = problem.arrays
+    x, probabilities, c = problem.arrays
     centers = problem.centers.clone().requires_grad_()
     value = square(centers)
-    assert_equal(value, reference.square(c), dtype)
+    assert_equal(value, reference.square_separation(c), dtype)
     (gradient,) = torch.autograd.grad(value, centers)
     norms = problem.centers.double().norm(dim=-1, keepdim=True)
-    expected = torch.from_numpy(2 * reference.square_direction(c)) * norms
+    expected = torch.from_numpy(2 * reference.square_separation_direction(c)) * norms
     assert_equal(gradient.double() * norms, expected.numpy(), dtype)
     for center_lr in (0.5, None):
         moved = update_centers(
             problem.features, problem.target, problem.centers,
             center_lr=center_lr, ignore_index=problem.ignore_index, separation="square",
         )  # fmt: skip
-        rate = reference.rate(shares, len(c)) if center_lr is None else center_lr
-        by_oracle = reference.update_centers(x, shares, c, center_lr, "square")
-        if not shares.any():
-            by_oracle = c - rate * reference.square_direction(c)
+        rate = (
+            reference.default_center_lr(probabilities, len(c)) if center_lr is None else center_lr
+        )
+        by_oracle = reference.update_centers(x, probabilities, c, center_lr, "square")
+        if not probabilities.any():
+            by_oracle = c - rate * reference.square_separation_direction(c)
         size = torch.where(norms > 0, norms.maximum(rate / norms), 1)
         scaled = torch.from_numpy(by_oracle) / size
         assert_equal(moved.double() / size, scaled.numpy(), dtype)
 
 
-@holds_for(problem=problems(reach=3))
+@property_test(problem=problems(max_exponent=3))
 def test_it_keeps_to_its_bounds(problem: Problem) -> None:
     num_classes, dim = problem.centers.shape
     value = square(problem.centers)
@@ -70,7 +72,7 @@ def test_it_keeps_to_its_bounds(problem: Problem) -> None:
         assert value >= (num_classes - 1 - dim) / (num_classes * dim) - 1e-12
 
 
-@holds_for(num_classes=st.integers(2, 40), seed=seeds)
+@property_test(num_classes=st.integers(2, 40), seed=seeds)
 def test_it_is_0_at_the_simplex_and_1_where_all_agree(num_classes: int, seed: int) -> None:
     torch.manual_seed(seed)
     simplex = torch.eye(num_classes, dtype=torch.float64) - 1 / num_classes
@@ -84,7 +86,7 @@ def test_it_is_0_at_the_simplex_and_1_where_all_agree(num_classes: int, seed: in
         assert square(torch.cat([halves, -halves])) > 1e-3
 
 
-@holds_for(problem=problems(reach=3), seed=seeds)
+@property_test(problem=problems(max_exponent=3), seed=seeds)
 def test_what_changes_nothing(problem: Problem, seed: int) -> None:
     """Positive factors, rotations, names of classes."""
     rng = np.random.default_rng(seed)

@@ -26,14 +26,16 @@ from separate_loss._triton import backend, kernels
 from separate_loss._triton import step as triton_step
 from separate_loss.functional import update_centers
 from tests.helpers import reference
-from tests.helpers.properties import Problem, assert_equal, holds_for, problems
+from tests.helpers.properties import Problem, assert_equal, problems, property_test
 
 # NumPy, in which the interpreter computes, warns of what floats on a GPU do silently.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 CENTER_LR = 0.5
-PROBLEMS = problems(kind="indices", weighted=False, least_samples=0, most=(12, 9, 20), reach=3)
+PROBLEMS = problems(
+    kind="indices", weighted=False, min_samples=0, max_sizes=(12, 9, 20), max_exponent=3
+)
 
 
 class Outcome(NamedTuple):
@@ -44,7 +46,7 @@ class Outcome(NamedTuple):
     of_centers: Tensor
     centers: Tensor  # after a step
 
-    def of_order_one(self, problem: Problem) -> "Outcome":
+    def rescaled(self, problem: Problem) -> "Outcome":
         """In float64; gradients times norms, new centers over norm or step, whichever is more."""
         features, centers = (
             vectors.double().norm(dim=-1, keepdim=True).nan_to_num(0, 0, 0)
@@ -105,19 +107,19 @@ def assert_same(problem: Problem, dtype: torch.dtype, **options: Any) -> Outcome
     """As the eager form within the rounding of `dtype`, and in the same types."""
     ours, eager = step(problem, **options), step(problem, "torch", **options)
     assert [one.dtype for one in ours] == [one.dtype for one in eager]
-    found = ours.of_order_one(problem)
-    for one, other in zip(found, eager.of_order_one(problem), strict=True):
+    found = ours.rescaled(problem)
+    for one, other in zip(found, eager.rescaled(problem), strict=True):
         assert_equal(one, other.numpy(), dtype)
     return found
 
 
 @settings(max_examples=settings().max_examples // 3)
-@holds_for(problem=PROBLEMS, dtype=st.sampled_from(DTYPES), few=st.booleans())
+@property_test(problem=PROBLEMS, dtype=st.sampled_from(DTYPES), few=st.booleans())
 def test_equals_the_eager_form_and_the_oracle(
     problem: Problem, dtype: torch.dtype, few: bool
 ) -> None:
     problem = problem.to(dtype)
-    features, shares, centers = problem.arrays
+    features, probabilities, centers = problem.arrays
     weight = np.ones(len(centers))
     with pytest.MonkeyPatch.context() as patch:
         if few:  # programs, as if there were thousands of classes: each has several centers
@@ -125,18 +127,18 @@ def test_equals_the_eager_form_and_the_oracle(
             patch.setattr(triton_step, "BATCH", 4)
         found = assert_same(problem, dtype)
         assert_same(problem, dtype, start=True)
-    intra = reference.intra_loss(features, shares, centers, weight, "mean")
-    inter = reference.inter(centers)
+    intra = reference.intra_loss(features, probabilities, centers, weight, "mean")
+    inter = reference.inter_loss(centers)
     of_centers = 2 * reference.inter_direction(centers)
     moved = centers - CENTER_LR * of_centers / 2
     of_features = np.zeros_like(features)
-    if shares.any():
-        of_features = reference.features_gradient(features, shares, centers, weight)
-        of_centers = reference.centers_gradient(features, shares, centers)
-        moved = reference.update_centers(features, shares, centers, CENTER_LR)
+    if probabilities.any():
+        of_features = reference.features_gradient(features, probabilities, centers, weight)
+        of_centers = reference.centers_gradient(features, probabilities, centers)
+        moved = reference.update_centers(features, probabilities, centers, CENTER_LR)
     values = intra + inter, intra, inter, of_features, of_centers, moved
     expected = Outcome(*(torch.as_tensor(np.asarray(value)) for value in values))
-    for one, other in zip(found, expected.of_order_one(problem), strict=True):
+    for one, other in zip(found, expected.rescaled(problem), strict=True):
         assert_equal(one, other.numpy(), dtype)
 
 

@@ -1,6 +1,7 @@
-"""Compiles for two GPUs, without one, every kernel that a step launches: run by test_triton.
+"""Compiles every kernel of a step for two GPU architectures, on a machine without a GPU.
 
-What the launches would hand to the compiler is what it gets: types, and 1 as a constant.
+The compiler gets the same types and constants as in a launch. A test in test_triton_launch.py runs
+this program.
 """
 
 import sys
@@ -24,7 +25,7 @@ CASES: list[tuple[torch.dtype, torch.dtype, torch.dtype, tuple[int, int, int]]] 
 
 
 def launches() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """Kernels and arguments of all cases; the kernels do not run."""
+    """Records the kernels and arguments of all cases, without a launch."""
     recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
     def record(kernel: Any, _: int, *arguments: Any, **constants: Any) -> None:
