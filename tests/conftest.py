@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from tests.helpers import properties
@@ -19,6 +20,16 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture
+def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the Triton kernels, in the interpreter, for each step that they support."""
+    from separate_loss._triton import backend, step  # noqa: PLC0415 - needs Triton
+
+    assert step.INTERPRETED
+    torch.manual_seed(0)
+    monkeypatch.setattr(backend, "BACKEND", "triton")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
