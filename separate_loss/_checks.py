@@ -84,7 +84,7 @@ def check_centers(name: str, value: Tensor) -> None:
 def check_center_init(
     value: CenterInit | Tensor, shape: tuple[int, int], center_update: str
 ) -> None:
-    """Where centers can start under an update: a way to draw them, or finite values for them."""
+    """The name of an initialisation that the update supports, or finite values (C, d)."""
     if not isinstance(value, Tensor):
         check_choice("center_init", value, CENTER_INITS)
         if value == "features" and center_update != "paper":
@@ -106,11 +106,11 @@ def check_center_init(
 
 
 def check_initialized(name: str, value: Tensor, is_set: bool) -> None:
-    """Values that somebody set, and finite. Reads them, so it is for a first call."""
-    how = "call reset_parameters(), or load a checkpoint that holds them"
+    """Finite values that were set. Synchronises, so it is for the first call."""
+    how = "call reset_parameters(), or load a checkpoint that contains them"
     if value.is_meta or type(value) not in (Tensor, Parameter) or under_vmap(value):
         return
-    # Loaders of transformers set values without a word, and leave this mark.
+    # Loaders of transformers set values without load_state_dict, and leave this mark.
     if not is_set and not getattr(value, "_is_hf_initialized", False):
         raise RuntimeError(f"{name} were made on the meta device and never got values; {how}")
     if value.numel() and not math.isfinite(torch.linalg.vector_norm(value.detach(), math.inf)):
@@ -145,7 +145,7 @@ def check_batch(
 
 
 def check_logits(logits: Tensor, target: Tensor, class_dim: int, num_classes: int) -> None:
-    """Logits with their classes in dimension `class_dim`, and a target of as many samples."""
+    """Logits with the classes in dimension `class_dim`, and a target of the same samples."""
     if logits.shape[class_dim] != num_classes:
         place = "the last dimension" if class_dim == logits.ndim - 1 else f"dimension {class_dim}"
         raise ValueError(
@@ -166,7 +166,7 @@ def check_logits(logits: Tensor, target: Tensor, class_dim: int, num_classes: in
 def check_head_input(
     features: Tensor, output_shape: torch.Size, class_dim: int, feature_dim: int
 ) -> None:
-    """Features that entered a head which left samples as they were, in number and order."""
+    """The input of a head whose output has the same samples in the same order."""
     dims = [
         1 if class_dim == 1 and len(sizes) > 1 else len(sizes) - 1
         for sizes in (features.shape, output_shape)
@@ -177,15 +177,15 @@ def check_head_input(
     )
     if features.shape[dims[0]] != feature_dim or samples != others:
         raise ValueError(
-            f"the head must turn features of size {feature_dim} in dimension {class_dim} into the "
-            f"logits of as many samples, but {tuple(features.shape)} entered it and "
-            f"{tuple(output_shape)} left it; watch the module that turns the one into the other, "
-            "or say feature_dim or class_dim"
+            f"the head must compute logits of the same samples from features of size {feature_dim} "
+            f"in dimension {class_dim}, but its input had shape {tuple(features.shape)} and its "
+            f"output {tuple(output_shape)}; watch the module between features and logits, or pass "
+            "feature_dim or class_dim"
         )
 
 
 def check_matches_centers(features: Tensor, centers: Tensor, weight: Tensor | None = None) -> None:
-    """Features (*, d) and class weights (C,) that fit the centers (C, d)."""
+    """Features (*, d) and class weights (C,) that match the centers (C, d)."""
     num_classes, feature_dim = centers.shape
     if features.shape[-1] != feature_dim:
         raise ValueError(
@@ -199,7 +199,7 @@ def check_matches_centers(features: Tensor, centers: Tensor, weight: Tensor | No
 
 
 def check_weight(weight: Tensor, num_classes: int) -> None:
-    """Floating point, (C,), and not negative where looking costs no synchronisation."""
+    """Floating point, (C,), and not negative if the values can be read at once."""
     check_vectors("weight", weight)
     if weight.shape != (num_classes,):
         raise ValueError(

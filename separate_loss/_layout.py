@@ -1,6 +1,6 @@
-"""Where the classes are in a tensor that was computed from logits, and whether samples kept order.
+"""Finds the class dimension after operators, and checks that samples keep their order.
 
-Samples are counted in the order of memory, without the dimension of the classes.
+The order of samples is that of memory, without the class dimension.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from separate_loss._torch import saved
 
-# Operators by the names of their nodes in autograd's graph, as Add for AddBackward0.
+# Operators, by the names of their autograd nodes: Add for AddBackward0.
 # fmt: off
 ELEMENTWISE = {
     "Add", "Alias", "Clamp", "ClampMax", "ClampMin", "Clone", "Div", "LogSigmoid", "LogSoftmax",
@@ -26,7 +26,7 @@ REORDERING = {"Permute", "T", "Transpose"}
 
 
 def dim_of(class_dim: int, sizes: Sequence[int]) -> int:
-    """The dimension that `class_dim`, 1 or -1, means in a tensor of these sizes."""
+    """The index of the dimension `class_dim`, 1 or -1, in a tensor of these sizes."""
     return len(sizes) - 1 if class_dim == -1 or len(sizes) == 1 else 1
 
 
@@ -36,7 +36,7 @@ def _kind(node: Any) -> str:
 
 
 def keeps_samples(node: Any) -> bool:
-    """Whether an operator can keep samples apart and in order; sizes tell if it does."""
+    """Whether an operator can keep the samples in order; that it does depends on the sizes."""
     kind = _kind(node)
     return kind in ELEMENTWISE or kind in RESHAPING or kind in REORDERING
 
@@ -44,12 +44,12 @@ def keeps_samples(node: Any) -> bool:
 def class_dim_after(
     operators: Sequence[Any], sizes: Sequence[int], final: Sequence[int], class_dim: int
 ) -> int | str:
-    """The dimension of the classes after operators, or the name of one that mixes samples.
+    """The class dimension after operators, or the name of an operator that mixes samples.
 
-    `operators` are nodes of autograd's graph, the last one first; `sizes` and `class_dim` are those
-    before them, `final` the sizes after them.
+    `operators` are autograd nodes, the last operator first. `sizes` and `class_dim` are those
+    before the operators, `final` are the sizes after them.
     """
-    # Sizes are known from the end back, dimensions from the start on.
+    # Sizes are found from the last operator to the first, dimensions from the first to the last.
     steps: list[tuple[str, Sequence[int], Sequence[int] | None, Sequence[int]]] = []
     after: Sequence[int] = tuple(final)
     for node in operators:
@@ -90,9 +90,9 @@ def class_dim_after(
 def class_dim_of_view(
     view: Tensor, sizes: Sequence[int], strides: Sequence[int], class_dim: int
 ) -> int | None:
-    """The dimension of the classes in a view of a tensor with `sizes` and `strides`.
+    """The class dimension of a view of a tensor with `sizes` and `strides`.
 
-    None if the view holds other samples or has them in another order.
+    None if the view leaves samples out or reorders them.
     """
     expected = _steps(zip(sizes, strides, strict=True), class_dim)
     for dim in reversed(range(view.ndim)):
@@ -104,7 +104,7 @@ def class_dim_of_view(
 
 
 def _steps(dims: Iterable[tuple[int, int]], left_out: int) -> list[tuple[int, int]]:
-    """Sizes and strides in which memory is walked through, as few as possible."""
+    """The fewest sizes and strides that visit the same memory in the same order."""
     steps: list[tuple[int, int]] = []
     for dim, (size, stride) in enumerate(dims):
         if dim == left_out or size == 1:
@@ -127,7 +127,7 @@ def _sizes_before(node: Any, after: Sequence[int]) -> Sequence[int]:
 
 
 def _order(node: Any, ndim: int) -> list[int]:
-    """Which dimension of the input each dimension of the output is; none where nothing tells."""
+    """The input dimension of each output dimension; empty if it is unknown."""
     if _kind(node) == "Permute":
         return [_signed(dim) % ndim for dim in saved(node, "dims") or ()]
     swapped = (0, -1) if _kind(node) == "T" else (saved(node, "dim0"), saved(node, "dim1"))
@@ -140,5 +140,5 @@ def _order(node: Any, ndim: int) -> list[int]:
 
 
 def _signed(value: int) -> int:
-    """Autograd's nodes show dimensions as unsigned numbers of 64 bits."""
+    """Autograd nodes show dimensions as unsigned 64-bit numbers."""
     return value - 2**64 if value >= 2**63 else value

@@ -1,4 +1,4 @@
-"""The loss as a module with centers of its own."""
+"""The loss as a module that owns its centers."""
 
 import copy
 from collections.abc import Callable
@@ -37,7 +37,7 @@ __all__ = ["SeparateLoss", "Terms"]
 
 
 class Terms(NamedTuple):
-    """The two terms of a step, detached scalars; intra is the mean, whatever the reduction.
+    """The two terms of a step, detached scalars; `intra` is a mean under every reduction.
 
     Examples:
         >>> criterion = SeparateLoss(2, 2, center_update="none", center_init=torch.eye(2))
@@ -52,38 +52,38 @@ class Terms(NamedTuple):
 
 
 class SeparateLoss(nn.Module):
-    r"""The separate loss (Eq. 4) with centers of its own, used beside softmax loss.
+    r"""The separate loss (Eq. 4) with its own centers, used beside softmax loss.
 
     $$ L = L_s + \lambda (L_{intra} + L_{inter}) \tag{9} $$
 
-    with lambda = 0.9 in the paper. Take features where they can be negative, from a linear layer or
-    before an activation; after ReLU centers cannot follow the class means and push them apart.
+    with lambda = 0.9 in the paper. Use features that can be negative, from a linear layer or before
+    an activation. After ReLU, centers that are pushed apart cannot follow the class means.
 
     Args:
         num_classes: C, at least 2.
         feature_dim: d, at least 1.
-        center_update: ``"paper"`` keeps the centers in a buffer and moves them by Eq. 8 at the end
-            of each `forward`, in training mode with gradients on, as BatchNorm does with its
-            statistics: nothing to hand to an optimizer. ``"gradient"`` makes them a parameter, for
-            an optimizer to move. ``"none"`` leaves the buffer to the caller.
+        center_update: ``"paper"`` keeps the centers in a buffer and updates them by Eq. 8 at the
+            end of each `forward`, in training mode with gradients enabled, as BatchNorm updates its
+            statistics. No optimizer is needed. ``"gradient"`` makes the centers a parameter for an
+            optimizer. ``"none"`` leaves the buffer to the caller.
         center_lr: alpha of Eq. 8, for ``center_update="paper"``; finite and not negative. None
-            takes a tenth of the samples that count in the step, over all processes, and at most
-            4 (C - 1), so that a center follows its class as fast in batches of any size.
-        center_init: where centers start. ``"features"``: at zero, and from there to the mean
-            direction of the first features of their class; it needs the paper's update, whose
-            default it is. ``"sphere"``: random directions of norm 1, the default otherwise.
+            takes a tenth of the number of samples in the step, over all processes, and at most
+            4 (C - 1), so that centers follow their classes equally fast at every batch size.
+        center_init: the initial centers. ``"features"``: zero, until the first samples of a class
+            set its center to their mean direction; only for the paper's update, and its default.
+            ``"sphere"``: random directions of norm 1, the default of the other updates.
             ``"normal"``: N(0, 1). ``"uniform"``: U(0, 1). Or a tensor (C, d) of finite values,
-            whose zero rows start as under ``"features"``.
+            whose zero rows behave as under ``"features"``.
         weight, ignore_index, reduction: as in `separate_loss.functional.separate_loss`.
-            Class weights act on the loss, not on the paper's update.
+            Class weights apply to the loss, not to the paper's update.
         scale_free, separation: as in `separate_loss.functional.separate_loss`. The paper's update
-            follows the separation.
+            uses the same separation.
         process_group: the processes of torch.distributed, if it is initialised, whose samples
             update the centers; None takes all. All processes start from rank 0's centers and stay
             identical. Each of them must make every training call and load every checkpoint.
         sync_centers: False lets each process update centers of its own; within
             DistributedDataParallel that needs ``broadcast_buffers=False``.
-        device, dtype: of the centers; keep them in float32 or wider for small steps to count.
+        device, dtype: of the centers; in half precision small updates would be rounded away.
 
     Shape:
         features `(*, d)` and target `(*)` or `(*, C)`, as the function takes them, to a scalar, or
@@ -91,8 +91,8 @@ class SeparateLoss(nn.Module):
 
     Attributes:
         centers: (C, d), buffer or parameter; in the `state_dict` under the same name in all modes.
-            The paper's update changes them in place: clone them for a graph of your own.
-        last_terms: intra- and inter-class loss of the last call, for logging; None before any.
+            The paper's update changes them in place: clone them to use them in your own graph.
+        last_terms: intra- and inter-class loss of the last call, for logging; None before that.
 
     Raises:
         TypeError, ValueError: an argument is of a wrong type or out of its range.
@@ -169,7 +169,7 @@ class SeparateLoss(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Puts centers where they start, and class weights to what was given."""
+        """Resets the centers and the class weights to their initial values."""
         center_init, weight = self._initial
         with torch.no_grad():
             init_centers_(self.centers, center_init)
@@ -249,7 +249,7 @@ class SeparateLoss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
-        """The arguments as they are in force, for `repr`."""
+        """The settings, for `repr`."""
         parts = [
             f"num_classes={self.num_classes}",
             f"feature_dim={self.feature_dim}",

@@ -1,4 +1,4 @@
-"""Softmax loss plus separate loss, on the head of a model that returns logits only."""
+"""Softmax loss plus separate loss, for a model that returns only logits."""
 
 import warnings
 import weakref
@@ -24,7 +24,7 @@ from separate_loss._checks import (
 )
 from separate_loss._layout import dim_of
 from separate_loss._modules import SeparateLoss
-from separate_loss._recorder import Pass, Recorder
+from separate_loss._recorder import ForwardPass, Recorder
 from separate_loss._torch import version_of
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ CONVOLUTIONS = (
 
 
 class SoftmaxSeparateTerms(NamedTuple):
-    """The terms of a step of Eq. 9, detached scalars; intra is a mean, whatever the reduction.
+    """The terms of Eq. 9, detached scalars; `intra` is a mean under every reduction.
 
     Examples:
         >>> head = torch.nn.Linear(2, 2, bias=False)
@@ -62,16 +62,16 @@ class SoftmaxSeparateLoss(nn.Module):
 
     $$ L = L_s + \lambda L_{sep} \tag{9} $$
 
-    It records what enters `head`, and finds the features of the logits that it is called with.
-    Neither the model nor its `state_dict`, copies or pickles change.
+    The loss records the input of `head`, and finds the features from which the logits were
+    computed. The model, its `state_dict`, its copies and its pickles do not change.
 
     Args:
-        head: the module that turns features into logits, as the model's last `torch.nn.Linear`
-            (`(*, d)` to `(*, C)`) or convolution (`(N, d, *)` to `(N, C, *)`). Its first argument
-            is recorded.
+        head: the module that computes logits from features, for example the model's last
+            `torch.nn.Linear` (`(*, d)` to `(*, C)`) or convolution (`(N, d, *)` to `(N, C, *)`).
+            Its first argument is recorded.
         separate_weight: lambda, finite and not negative.
-        num_classes: C; None takes that of the last linear or convolutional layer in `head`.
-        feature_dim: d; None takes that of the first such layer.
+        num_classes: C; None reads it from the last linear or convolutional layer in `head`.
+        feature_dim: d; None reads it from the first such layer.
         class_dim: the dimension of C in the head's output and of d in its input: 1 or -1. None
             takes 1 for heads whose last such layer is a convolution, and -1 for others.
         label_smoothing: as in `torch.nn.functional.cross_entropy`, in both terms; in [0, 1].
@@ -86,15 +86,15 @@ class SoftmaxSeparateLoss(nn.Module):
         `(*, C)`. To a scalar, or the shape of class indices for ``reduction="none"``.
 
     Attributes:
-        separate: the `SeparateLoss` within, with its `centers`.
+        separate: the `SeparateLoss`, with its `centers`.
         last_terms: softmax loss (its mean for ``reduction="none"``), intra- and inter-class loss of
-            the last call, for logging; None before any.
+            the last call, for logging; None before the first.
 
     Raises:
-        TypeError, ValueError: an argument is of a wrong type or out of its range, or `head` does
-            not tell its sizes.
-        RuntimeError: in a call, where nothing shows that the logits hold the output of one forward
-            pass of the head, sample by sample in the same order.
+        TypeError, ValueError: an argument is of a wrong type or out of its range, or `head`
+            does not define its sizes.
+        RuntimeError: in a call, if the logits cannot be traced to one forward pass of the head with
+            the samples in the same order.
 
     Examples:
         >>> _ = torch.manual_seed(0)
@@ -167,9 +167,9 @@ class SoftmaxSeparateLoss(nn.Module):
         self.watch(head)
 
     def watch(self, head: nn.Module) -> None:
-        """Records `head` in place of any other.
+        """Records `head` instead of the present head.
 
-        A loss that was copied or unpickled without its head needs it once.
+        A loss that was copied or unpickled without its head needs this call once.
         """
         if not isinstance(head, nn.Module):
             raise TypeError(f"head must be a torch.nn.Module, got {type(head).__name__}")
@@ -179,77 +179,80 @@ class SoftmaxSeparateLoss(nn.Module):
         self._detach_with_self()
 
     def unwatch(self) -> None:
-        """Leaves the head as it was before; calls need `features` until `watch`."""
+        """Stops recording the head; calls need `features` until `watch` is called."""
         if self._end is not None:
             self._end()
         self._recorder = self._end = None
 
     def forward(self, logits: Tensor, target: Tensor, *, features: Tensor | None = None) -> Tensor:
-        """The loss of logits of the watched head.
+        """Returns the loss of logits of the watched head; then, in training, updates the centers.
 
         Args:
-            logits: the output of one forward pass of the head, as it is, reshaped, cast, scaled or
-                shifted, with samples in the same order. Several passes may come before the calls,
-                and several calls may read one pass while its graph lives: the first moves the
-                centers.
+            logits: the output of one forward pass of the head, possibly reshaped, cast, scaled or
+                shifted, with the samples in the same order. Several passes may run before the
+                calls. Several calls may use one pass until its graph is freed; the first of them
+                updates the centers.
             target: class indices or class probabilities.
-            features: those of each sample, `(N, d, *)` or `(*, d)` as the head takes them. None
-                finds them by the logits.
+            features: the features of each sample, `(N, d, *)` or `(*, d)` as the head takes them.
+                None takes those that were recorded with the logits.
 
         Returns:
-            The loss, as `reduction` says.
+            The loss under `reduction`.
         """
         check_vectors("logits", logits)
         if features is None:
-            features, class_dim, one = self._features_of(logits)
-            moving, recorded = one.training and not one.moved, one.recorded
+            features, class_dim, forward_pass = self._features_of(logits)
+            moving, recorded = (
+                forward_pass.training and not forward_pass.moved,
+                forward_pass.recorded,
+            )
         else:
             check_vectors("features", features)
-            one, class_dim = None, self._class_dim_by_shape(logits, target)
+            forward_pass, class_dim = None, self._class_dim_by_shape(logits, target)
             moving, recorded = self._head_trains(), True
         logits, target, features = self._class_last(logits, target, features, class_dim)
         separate = self.separate
         softmax = _softmax_loss(logits, target, separate, self.label_smoothing)
-        # Last, so that bad input has left the centers where they were.
+        # Last, so that invalid input does not change the centers.
         with torch.set_grad_enabled(torch.is_grad_enabled() and recorded):
-            self._warn(logits, features, one is not None and not one.training)
+            self._warn(logits, features, forward_pass is not None and not forward_pass.training)
             loss = separate._step(
                 features, _smooth(target, separate, self.label_smoothing), may_update=moving
             )
-            if one is not None and torch.is_grad_enabled() and separate.training:
-                one.moved = True
+            if forward_pass is not None and torch.is_grad_enabled() and separate.training:
+                forward_pass.moved = True
         if separate.last_terms is not None:
             self.last_terms = SoftmaxSeparateTerms(softmax.detach().mean(), *separate.last_terms)
         return softmax.reshape(loss.shape) + self.separate_weight * loss
 
-    def _features_of(self, logits: Tensor) -> tuple[Tensor, int, Pass]:
-        """Features, the dimension of logits with the classes, and the pass they come from."""
+    def _features_of(self, logits: Tensor) -> tuple[Tensor, int, ForwardPass]:
+        """Features, the class dimension of the logits, and the recorded pass."""
         recorder = self._recorder
         if recorder is None:
-            raise RuntimeError("this loss watches no head; call watch(head) first")
-        one = recorder.take_compiled(logits) if torch.compiler.is_compiling() else None
-        if one is None:
-            one, class_dim = recorder.find(logits, self.class_dim)
+            raise RuntimeError("no head is watched; call watch(head) first")
+        forward_pass = recorder.take_compiled(logits) if torch.compiler.is_compiling() else None
+        if forward_pass is None:
+            forward_pass, class_dim = recorder.find(logits, self.class_dim)
         else:
             class_dim = dim_of(self.class_dim, logits.shape)
-        features: Tensor = one.features
+        features: Tensor = forward_pass.features
         check_vectors("the head's input", features)
-        if not one.recorded and torch.is_grad_enabled() and logits.requires_grad:
+        if not forward_pass.recorded and torch.is_grad_enabled() and logits.requires_grad:
             raise RuntimeError(
-                "the watched head ran without recording gradients, so none would reach its "
-                "features; run the model with gradients on, and use_reentrant=False in "
+                "the watched head ran without recording gradients, so its features would get no "
+                "gradient; run the model with gradients on, and use_reentrant=False in "
                 "torch.utils.checkpoint"
             )
-        if one.version is not None and version_of(features) != one.version:
+        if forward_pass.version is not None and version_of(features) != forward_pass.version:
             raise RuntimeError(
-                "the head's input was changed in place after it had entered the head; use "
-                "operators that are not in place, as torch.nn.ReLU(inplace=False)"
+                "the head's input was changed in place after the head had read it; use "
+                "operators that are not in place, such as torch.nn.ReLU(inplace=False)"
             )
-        check_head_input(features, one.sizes, self.class_dim, self.separate.feature_dim)
-        return features, class_dim, one
+        check_head_input(features, forward_pass.sizes, self.class_dim, self.separate.feature_dim)
+        return features, class_dim, forward_pass
 
     def _class_dim_by_shape(self, logits: Tensor, target: Tensor) -> int:
-        """The dimension of the classes that fits the target, in doubt that of the head."""
+        """The class dimension that fits the target; that of the head if both fit."""
         for class_dim in (self.class_dim, -self.class_dim):
             dim = dim_of(class_dim, logits.shape)
             samples = (*logits.shape[:dim], *logits.shape[dim + 1 :])
@@ -261,7 +264,7 @@ class SoftmaxSeparateLoss(nn.Module):
     def _class_last(
         self, logits: Tensor, target: Tensor, features: Tensor, class_dim: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Arguments that were checked, with classes and features in the last dimension."""
+        """Validated arguments, with classes and features in the last dimension."""
         separate = self.separate
         check_logits(logits, target, class_dim, separate.num_classes)
         logits = logits.movedim(class_dim, -1)
@@ -292,15 +295,15 @@ class SoftmaxSeparateLoss(nn.Module):
         separate = self.separate
         if head_in_evaluation and separate.training and separate.center_update == "paper":
             self._warn_once(
-                "the head ran in evaluation mode with gradients on, so centers do not move; "
-                "validate under torch.no_grad() with criterion.eval(), or, to train a model in "
-                "evaluation mode, call head.train(), which changes nothing in a linear layer"
+                "the head ran in evaluation mode with gradients on, so the centers do not move; "
+                "to validate, use torch.no_grad() and criterion.eval(); to train a model in "
+                "evaluation mode, call head.train(), which has no effect on a linear layer"
             )
         if logits.requires_grad and not features.requires_grad:
             self._warn_once(
-                "the features require no gradient, so the separate loss trains nothing but "
-                "centers: either all before the head is frozen, and this is meant, or the head "
-                "is the whole model; then give its last layer as head"
+                "the features require no gradient, so the separate loss only updates centers: "
+                "ignore this if all layers before the head are frozen; if the head is the whole "
+                "model, pass its last layer as head"
             )
 
     def _warn_once(self, text: str) -> None:
@@ -309,7 +312,7 @@ class SoftmaxSeparateLoss(nn.Module):
             warnings.warn(text, stacklevel=6)
 
     def _detach_with_self(self) -> None:
-        # The hooks go with the loss, not with the head.
+        # Remove the hooks when the loss is deleted; the head may live on.
         if self._recorder is not None:
             self._end = weakref.finalize(self, self._recorder.detach)
 
@@ -321,7 +324,7 @@ class SoftmaxSeparateLoss(nn.Module):
         self._detach_with_self()
 
     def extra_repr(self) -> str:
-        """The arguments as they are in force, for `repr`."""
+        """The settings, for `repr`."""
         return (
             f"separate_weight={self.separate_weight}, label_smoothing={self.label_smoothing}, "
             f"class_dim={self.class_dim}, watching={self._recorder is not None}"
@@ -329,7 +332,7 @@ class SoftmaxSeparateLoss(nn.Module):
 
 
 def _layers(head: nn.Module) -> list[nn.Module]:
-    """Linear and convolutional layers, and what tells its sizes as they do."""
+    """Linear and convolutional layers, and other modules with the same size attributes."""
     return [module for module in head.modules() if _size(module, "out") is not None]
 
 
@@ -347,19 +350,19 @@ def _class_dim_of(head: nn.Module) -> ClassDim:
 
 
 def _size_of(name: str, given: int | None, head: nn.Module) -> int:
-    """A size as the argument or the layers of the head tell it."""
+    """The argument, else the size of the head's layers."""
     layers = _layers(head)
-    told = None
+    found = None
     if layers:
-        told = _size(layers[-1], "out") if name == "num_classes" else _size(layers[0], "in")
-    # Of several layers, another one can be right.
-    if given is not None and told not in (None, given) and len(layers) == 1:
-        raise ValueError(f"{name} must be {told}, as the head has it, or None, got {given}")
-    size = told if given is None else given
+        found = _size(layers[-1], "out") if name == "num_classes" else _size(layers[0], "in")
+    # With several layers, the argument may name another one.
+    if given is not None and found not in (None, given) and len(layers) == 1:
+        raise ValueError(f"{name} must be {found}, as in the head, or None, got {given}")
+    size = found if given is None else given
     if size is None:
         raise ValueError(
-            f"{name} must be given, as head does not tell it, got head {type(head).__name__}; "
-            "a lazy layer tells it after its first batch"
+            f"{name} must be given: head {type(head).__name__} has no layer that defines it; "
+            "a lazy layer defines it after its first batch"
         )
     return size
 
@@ -367,7 +370,7 @@ def _size_of(name: str, given: int | None, head: nn.Module) -> int:
 def _softmax_loss(
     logits: Tensor, target: Tensor, separate: SeparateLoss, label_smoothing: float
 ) -> Tensor:
-    """L_s of class-last logits `(*, C)`, in float32 or wider."""
+    """Softmax loss of logits `(*, C)`, in float32 or wider."""
     logits = logits.reshape(-1, separate.num_classes)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     weight = separate.weight
@@ -380,14 +383,14 @@ def _softmax_loss(
         target = target.reshape(logits.shape).to(logits.dtype)
     else:
         target = target.reshape(-1).long()
-        # Says more of a label out of range than cross_entropy does.
+        # Raises a clearer error for labels out of range than cross_entropy.
         mask_ignored(target, separate.num_classes, separate.ignore_index)
         options["ignore_index"] = separate.ignore_index
     return nn.functional.cross_entropy(logits, target, **options)
 
 
 def _smooth(target: Tensor, separate: SeparateLoss, label_smoothing: float) -> Tensor:
-    """Each sample's share of its classes, mixed with an equal share of all."""
+    """The target as class probabilities with label smoothing."""
     if label_smoothing == 0:
         return target
     num_classes, kept = separate.num_classes, None
@@ -395,5 +398,5 @@ def _smooth(target: Tensor, separate: SeparateLoss, label_smoothing: float) -> T
         index, kept = mask_ignored(target, num_classes, separate.ignore_index)
         target = nn.functional.one_hot(index, num_classes).to(separate.centers.dtype)
     smooth = target * (1 - label_smoothing) + label_smoothing / num_classes
-    # A row of zeros has no weight.
+    # A row of zeros has weight 0.
     return smooth if kept is None else smooth * kept.unsqueeze(-1)

@@ -22,6 +22,18 @@ class CenterStatistics(NamedTuple):
     num_classes: int  # C, of which the centers to update may be a shard
 
 
+class _Push(NamedTuple):
+    """Eq. 7 times -alpha: factor times (vector + `gram_product` of matrix and unit centers).
+
+    Eq. 7 is half of the gradient of the separation, without its part along each center, over the
+    norm of the center.
+    """
+
+    vector: Tensor  # (d,)
+    matrix: Tensor | None
+    factor: Tensor | float
+
+
 def update_centers_(
     centers: Tensor,
     statistics: CenterStatistics,
@@ -51,7 +63,7 @@ def update_centers_(
     num_samples = num_samples.masked_fill(num_samples == 0, 1)
     rate = _center_lr(center_lr, num_samples, num_classes)
     start_zeros = start_zeros and not (has_values(norms) and bool(norms.isfinite().all()))
-    push = *separation_gradient(center_sum, gram, num_classes), -0.5 * rate
+    push = _Push(*separation_gradient(center_sum, gram, num_classes), -0.5 * rate)
     if index is None:
         weight = rate / (2 * num_samples * (1 + counts))
         _update_all_(centers, norms, push, sums, counts, weight, start_zeros)
@@ -61,20 +73,19 @@ def update_centers_(
         _update_rows_(centers, norms, push, sums, class_counts, weight, index, start_zeros)
 
 
-Push = tuple[Tensor, Tensor | None, Tensor | float]
-"""`separation_gradient`, and the factor that makes it the step of Eq. 7: half, times -alpha."""
-
-
 def _update_all_(
     centers: Tensor,
     norms: Tensor,
-    push: Push,
+    push: _Push,
     sums: Tensor,
     counts: Tensor,
     weight: Tensor,
     start_zeros: bool,
 ) -> None:
-    """Eq. 8 from a sum for each center, as one expression: the compiler fails on several."""
+    """Eq. 8 with a sum for each center.
+
+    One expression, because the compiler's C++ code generator fails on several in-place operators.
+    """
     vector, matrix, factor = push
     columns = norms.unsqueeze(-1)
     units = centers / columns
@@ -85,21 +96,22 @@ def _update_all_(
     if start_zeros:
         starting = norms.isinf() & (counts >= 0.5)
         directions = sums / vector_norms(sums).unsqueeze(-1)
-        updated = torch.where(starting.unsqueeze(-1), directions, updated)
+        # Added, as a center whose norm overflows has an infinite norm too.
+        updated = torch.where(starting.unsqueeze(-1), centers + directions, updated)
     centers.copy_(updated)
 
 
 def _update_rows_(
     centers: Tensor,
     norms: Tensor,
-    push: Push,
+    push: _Push,
     sums: Tensor,
     class_counts: Tensor,
     weight: Tensor,
     index: Tensor,
     start_zeros: bool,
 ) -> None:
-    """Eq. 8 from sums that belong to some of the centers."""
+    """Eq. 8 with sums for some of the centers, without a copy of the centers."""
     # Eq. 6, of the centers before they change.
     own_norms = norms.index_select(0, index)
     units = centers.index_select(0, index) / own_norms.unsqueeze(-1)
@@ -119,12 +131,12 @@ def _update_rows_(
         centers.index_copy_(0, index, rows)
 
 
-def _push_(centers: Tensor, norms: Tensor, push: Push) -> None:
-    """Eq. 7 on all centers, without a copy of them."""
+def _push_(centers: Tensor, norms: Tensor, push: _Push) -> None:
+    """Eq. 8 without the sums."""
     vector, matrix, factor = push
     if matrix is None:
-        # c + tangent(v, u) / ||c|| = (1 - v . u / ||c||) c + v / ||c||. The factor comes last: a
-        # large one would overflow before it is divided by large norms.
+        # c + tangent(v, u) / ||c|| = (1 - v . u / ||c||^2) c + v / ||c||. The factor comes last: a
+        # large one could overflow before it is divided by large norms.
         for block, norm in row_blocks(centers, norms):
             along = matmul(block, vector) / norm / norm * factor / norm
             block.mul_((1 - along).unsqueeze(-1))

@@ -5,10 +5,10 @@ the Wild", ACML 2019, Proceedings of Machine Learning Research 101:897-911. Equa
 paper's. Shapes: N samples or any leading dimensions `*`, C classes, d features; a hat is a vector
 over its norm.
 
-Everything is computed, and every loss returned, in float32 or wider; gradients come in the type of
-what they belong to. Vectors whose norm is below 1e-19 or above 1e19 in float32 count as zero: their
-cosine with anything is 0, and so is their gradient. One exception: `backward` called inside an
-autocast region runs the matrix products of class probabilities in half precision.
+All functions compute and return float32 or wider; gradients have the types of their tensors.
+Vectors whose norm is below 1e-19 or above 1e19 in float32 count as zero: their cosines and
+gradients are 0. If `backward` is called inside an autocast region, it computes the matrix products
+of class probabilities in half precision.
 """
 
 import torch
@@ -40,7 +40,7 @@ __all__ = [
 
 
 def similarity(a: Tensor, b: Tensor) -> Tensor:
-    r"""Cosine similarity over the last dimension, moved to [0, 1].
+    r"""Cosine similarity over the last dimension, shifted to [0, 1].
 
     $$
     \operatorname{Sim}(a, b) = \frac{1}{2} \left( \frac{a^T b}{\|a\| \|b\|} + 1 \right) \tag{1}
@@ -48,7 +48,7 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
 
     Args:
         a: floating point, `(*, d)`.
-        b: floating point, `(*, d)`; the leading dimensions broadcast against those of `a`.
+        b: floating point, `(*, d)`; the leading dimensions broadcast with those of `a`.
 
     Returns:
         Similarities `(*)`; 1/2 where either vector is zero.
@@ -92,12 +92,12 @@ def intra_class_loss(
     reduction: Reduction = "mean",
     scale_free: bool = False,
 ) -> Tensor:
-    r"""How far samples point away from the centers of their classes, in [0, 1].
+    r"""The mean dissimilarity between samples and the centers of their classes, in [0, 1].
 
     $$ L_{intra} = 1 - \frac{1}{2m} \sum_i \left( \hat x_i^T \hat c_{y_i} + 1 \right) \tag{2} $$
 
-    The gradient for the features is Eq. 5, or with `scale_free` Eq. 5 times their norms. Arguments,
-    reductions and errors are those of `separate_loss`, without the inter-class term.
+    The gradient for the features is Eq. 5; with `scale_free`, Eq. 5 times the norm of each.
+    Arguments, reductions and errors are those of `separate_loss`, without the inter-class term.
 
     Examples:
         >>> centers = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
@@ -119,7 +119,7 @@ def intra_class_loss(
 
 
 def inter_class_loss(centers: Tensor, *, separation: Separation = "mean") -> Tensor:
-    r"""How similar the centers are to one another.
+    r"""The mean similarity between the centers of different classes.
 
     ``separation="mean"`` is Eq. 3, in [(C - 2) / (2 (C - 1)), 1]:
 
@@ -128,17 +128,17 @@ def inter_class_loss(centers: Tensor, *, separation: Separation = "mean") -> Ten
         \left( \hat c_k^T \hat c_j + 1 \right) \tag{3}
     $$
 
-    Computed from the sum of the unit centers in O(C d) time. The least value is reached by any unit
-    centers that sum to zero. ``separation="square"``, which is not in the paper, is in [0, 1], and
-    0 only where each pair of centers has the cosine of a simplex, -1 / (C - 1):
+    It is computed from the sum of the unit centers in O(C d) time. All unit centers that sum to
+    zero reach its minimum. ``separation="square"``, which is not in the paper, is in [0, 1]. It is
+    0 only if each pair of centers has the cosine of a simplex, -1 / (C - 1):
 
     $$
     Q = \frac{1}{C (C - 1) (1 + a)^2} \sum_k \sum_{j \ne k}
         \left( \hat c_k^T \hat c_j + a \right)^2, \quad a = \frac{1}{C - 1}
     $$
 
-    Computed from a Gram matrix of min(C, d) rows, in O(C d min(C, d)) time. Zero centers are in no
-    pair of it.
+    It is computed from a Gram matrix with min(C, d) rows, in O(C d min(C, d)) time, over the pairs
+    of centers that are not zero.
 
     Args:
         centers: floating point, (C, d) with C >= 2.
@@ -189,15 +189,15 @@ def separate_loss(
         target: class indices, an integer type, `(*)` with values in [0, C) or `ignore_index`; or
             class probabilities, floating point, `(*, C)`: soft labels, mixup, compound labels.
         centers: floating point, (C, d) with C >= 2.
-        weight: a factor for each class, floating point, (C,), not negative. A sample's weight is
-            its class's, or under probabilities their mean over its classes.
-        ignore_index: samples with this class index count for nothing. Unused under probabilities.
-        reduction: ``"mean"`` gives the mean of L_intra under the samples' weights, plus L_inter;
+        weight: class weights, floating point, (C,), not negative. A sample has the weight of its
+            class, or under probabilities the mean weight of its classes.
+        ignore_index: samples with this class index are ignored. Unused under probabilities.
+        reduction: ``"mean"`` returns the weighted mean of L_intra over the samples, plus L_inter;
             ``"none"`` the weight of each sample times its (L_intra + L_inter), shape `(*)`;
-            ``"sum"`` the sum of these. A batch in which no sample counts has L_intra = 0.
-        scale_free: multiplies the gradient for each of the features by its norm, held constant, so
-            that the pull on a sample does not depend on the size of its features. That is no
-            gradient of the loss; values and the gradient for centers stay.
+            ``"sum"`` the sum of these. If all samples are ignored, L_intra is 0.
+        scale_free: multiplies the gradient for each sample's features by their norm, held constant.
+            The pull on a sample then does not depend on the norm of its features. This is not the
+            gradient of any loss; values and the gradient for centers do not change.
         separation: L_inter as in `inter_class_loss`: ``"mean"``, Eq. 3, or ``"square"``.
 
     Returns:
@@ -207,8 +207,8 @@ def separate_loss(
         TypeError: an argument is of a wrong type.
         ValueError: sizes do not fit together, fewer than two classes, devices differ, a negative
             weight, or an unknown reduction or separation.
-        IndexError: a class index is out of range. On accelerators and in compiled code, where
-            reading it would mean to wait, an assertion on the device fails instead.
+        IndexError: a class index is out of range. On accelerators and in compiled code an assertion
+            on the device fails instead, because reading the index would synchronise.
 
     Examples:
         >>> centers = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
@@ -232,7 +232,7 @@ def update_centers(
     ignore_index: int = -100,
     separation: Separation = "mean",
 ) -> Tensor:
-    r"""The centers after one step of the paper's rule, which is not a gradient step on Eq. 4.
+    r"""The centers after one step of the paper's update, which is not a gradient step on Eq. 4.
 
     $$
     D_{intra}(c_j) = \frac{-1}{2m (1 + n_j)} \sum_{i: y_i = j} \left(
@@ -246,23 +246,23 @@ def update_centers(
 
     $$ c_j \leftarrow c_j - \alpha \left( D_{intra}(c_j) + D_{inter}(c_j) \right) \tag{8} $$
 
-    with n_j the number of samples of class j and m that of all. Eq. 7 is half of the gradient of
-    Eq. 3, and Eq. 6 the gradient of Eq. 2 over 1 + n_j. Under class probabilities n_j is their sum.
-    With ``separation="square"`` half of that one's gradient takes the place of Eq. 7.
-    Samples with NaN or infinity in their features count for nothing. A zero center stays zero.
+    with n_j the number of samples of class j and m the number of all samples. Eq. 7 is half of the
+    gradient of Eq. 3, and Eq. 6 is the gradient of Eq. 2 over 1 + n_j. Under class probabilities
+    n_j is their sum. With ``separation="square"``, half of its gradient replaces Eq. 7. Samples
+    with NaN or infinity in their features are ignored. A zero center stays zero.
 
     Args:
         features: as in `separate_loss`.
         target: as in `separate_loss`.
-        centers: as in `separate_loss`; left as it is.
-        center_lr: alpha, finite and not negative. None takes m / 10, so that by Eq. 6 a center
-            turns as far for a sample of its class whatever the size of the batch; and 4 (C - 1) at
-            most, as with unit centers a larger one lets Eq. 7 throw their sum past zero.
+        centers: as in `separate_loss`; not modified.
+        center_lr: alpha, finite and not negative. None takes m / 10, so that the effect of a sample
+            by Eq. 6 does not depend on the batch size, and at most 4 (C - 1): with unit centers, a
+            larger alpha makes their sum grow by Eq. 7.
         ignore_index: as in `separate_loss`.
         separation: as in `inter_class_loss`.
 
     Returns:
-        New centers (C, d) in the type of `centers`, outside of autograd.
+        New centers (C, d) in the type of `centers`, without a graph.
 
     Raises:
         TypeError, ValueError, IndexError: as in `separate_loss`; ValueError also for a

@@ -1,8 +1,8 @@
-"""How compact classes are, how far apart, how true the learned centers: the paper's Table 1.
+"""Compactness of classes, their separation, and how true learned centers are, as in Table 1.
 
-All figures are plain cosines in [-1, 1], not the similarities of Eq. 1, computed in float64 where
-the device has it. A class without samples has no center: its row and its figures are NaN, and
-means leave it out.
+All figures are cosines in [-1, 1], not the similarities of Eq. 1, and are computed in float64 if
+the device supports it. A class without samples has no center: its row and its figures are NaN, and
+means exclude it.
 """
 
 from typing import Literal, Self, get_args, overload
@@ -37,13 +37,13 @@ REDUCTIONS = get_args(Reduction)
 
 
 class ClassStatistics:
-    """What the metrics need of a data set that arrives in batches, in O(C d) memory.
+    """Accumulates batches for the metrics, in O(C d) memory.
 
     Args:
         num_classes: C, at least 2.
         feature_dim: d, at least 1.
-        ignore_index: samples with this class index are left out.
-        device: where the batches will be.
+        ignore_index: samples with this class index are ignored.
+        device: of the batches.
 
     Examples:
         >>> statistics = ClassStatistics(num_classes=2, feature_dim=2)
@@ -79,7 +79,7 @@ class ClassStatistics:
 
     @torch.no_grad()
     def update(self, features: Tensor, target: Tensor) -> Self:
-        """Adds a batch of features `(*, d)` with class indices `(*)`; returns itself."""
+        """Adds a batch of features `(*, d)` with class indices `(*)`, and returns itself."""
         num_classes, feature_dim = self.sums.shape
         check_batch(features, target, num_classes)
         if target.is_floating_point():
@@ -102,13 +102,13 @@ class ClassStatistics:
         return self
 
     def class_centers(self) -> Tensor:
-        """As the function `class_centers`."""
+        """Returns what the function `class_centers` returns."""
         return self.sums / self.counts.unsqueeze(-1)
 
     def intra_class_similarity(
         self, centers: Tensor | None = None, *, reduction: Reduction = "mean"
     ) -> Tensor:
-        """As the function `intra_class_similarity`; without `centers`, to the class means."""
+        """Returns what the function `intra_class_similarity` returns; None uses the class means."""
         check_choice("reduction", reduction, REDUCTIONS)
         if centers is None:
             centers = self.class_centers()
@@ -127,7 +127,7 @@ def class_centers(
         features: floating point, `(*, d)`.
         target: class indices, `(*)`, in [0, C) or `ignore_index`.
         num_classes: C, at least 2.
-        ignore_index: samples with this class index are left out.
+        ignore_index: samples with this class index are ignored.
 
     Returns:
         Means (C, d); NaN for a class without samples.
@@ -158,8 +158,8 @@ def intra_class_similarity(
         features: floating point, `(*, d)`.
         target: class indices, `(*)`, in [0, C) or `ignore_index`.
         centers: learned centers or those of `class_centers`, (C, d).
-        ignore_index: samples with this class index are left out.
-        reduction: ``"mean"`` over the classes, or ``"none"`` for the figure of each.
+        ignore_index: samples with this class index are ignored.
+        reduction: ``"mean"`` over the classes, or ``"none"`` for one figure per class.
 
     Returns:
         A scalar, or (C,).
@@ -183,8 +183,8 @@ def inter_class_similarity(centers: Tensor, *, reduction: Reduction = "mean") ->
     """Mean cosine between centers of different classes; per class, to those of all others.
 
     Args:
-        centers: learned centers or those of `class_centers`, (C, d); NaN rows are left out.
-        reduction: ``"mean"`` over the classes, or ``"none"`` for the figure of each.
+        centers: learned centers or those of `class_centers`, (C, d); NaN rows are excluded.
+        reduction: ``"mean"`` over the classes, or ``"none"`` for one figure per class.
 
     Returns:
         A scalar, or (C,); NaN where fewer than two classes have a center.
@@ -214,8 +214,8 @@ def center_agreement(
 
     Args:
         centers: learned centers, (C, d).
-        true_centers: those of `class_centers`, (C, d); NaN rows are left out.
-        reduction: ``"mean"`` over the classes, or ``"none"`` for the figure of each.
+        true_centers: those of `class_centers`, (C, d); NaN rows are excluded.
+        reduction: ``"mean"`` over the classes, or ``"none"`` for one figure per class.
 
     Returns:
         A scalar, or (C,).
@@ -253,18 +253,17 @@ def nearest_center(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The class whose center has the largest cosine with a sample: a prediction without a head.
 
-    Where it tells the classes and the head does not, the directions of the features are good and
-    the head cannot use them.
+    If it is right more often than the head, the directions of the features separate the classes and
+    the head does not use them.
 
     Args:
         features: floating point, `(*, d)`.
-        centers: learned or true centers, (C, d). A zero center, or one of NaN as a class without
-            samples has, is nearest to nothing.
+        centers: learned or true centers, (C, d). Zero and NaN centers are nearest to no sample.
         return_cosines: whether to return the largest cosines as well.
 
     Returns:
         Class indices `(*)`, int64, and with `return_cosines` their cosines `(*)`, NaN for features
-        that are not finite. Of equal cosines the first class counts.
+        that are not finite. Of equal cosines, the first class is returned.
 
     Raises:
         TypeError, ValueError: types, shapes or devices do not fit.
@@ -282,7 +281,7 @@ def nearest_center(
     units, norms = normalize(_wide(centers))
     missing = ~norms.isfinite()
     indices, cosines = [], []
-    # At a time so many samples that their cosines with all centers stay small.
+    # In parts, to limit the memory of samples times classes.
     for part in _wide(features.reshape(-1, centers.shape[1])).split(max(1, 2**22 // len(centers))):
         found = (normalize(part)[0] @ units.mT).masked_fill(missing, -torch.inf)
         largest, index = found.max(-1)
@@ -316,5 +315,5 @@ def _reduce(cosines: Tensor, reduction: Reduction) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """In float64, which Apple's GPUs do not have."""
+    """Converts to float64, or to float32 on Apple GPUs, which have no float64."""
     return tensor.float() if tensor.device.type == "mps" else tensor.double()

@@ -1,6 +1,6 @@
-"""The loss with centers spread over the processes of torch.distributed, for very many classes.
+"""The loss with centers sharded over the processes of torch.distributed, for very many classes.
 
-Import it by name: `separate_loss` itself does without torch.distributed.tensor.
+`import separate_loss` does not import this module, which needs torch.distributed.tensor.
 """
 
 from typing import NamedTuple
@@ -34,30 +34,30 @@ __all__ = ["ShardedSeparateLoss"]
 class ShardedSeparateLoss(nn.Module):
     r"""`SeparateLoss` under the paper's update, with C/k centers on each of k processes.
 
-    Each process brings its own part of the batch and gets the loss of `SeparateLoss` on it. Samples
-    meet their centers by messages that hold at most a row per sample, so that no message and no
-    process holds C x d values. docs/cost.md counts them.
+    Each process passes its own part of the batch and gets the loss of `SeparateLoss` on it. A
+    message holds at most one row per sample, so that no message and no process holds C x d values.
+    docs/cost.md lists the sizes of messages.
 
-    Every process must make every call, in training and in evaluation: one without samples calls
-    with an empty batch. Keep the module out of `DistributedDataParallel`, which would make its
-    buffers equal.
+    Every process must make every call, in training and in evaluation; a process without samples
+    passes an empty batch. Do not wrap the module in `DistributedDataParallel`, which would
+    overwrite all shards with rank 0's.
 
     Args:
         num_classes, feature_dim: as in `SeparateLoss`.
-        center_lr, center_init: as there; a tensor is whole, (C, d), on every process.
-        ignore_index, reduction, scale_free, separation: as there. ``"square"`` sends d^2 numbers
-            more.
-        mesh: the processes to spread over, in one dimension; None takes all.
+        center_lr, center_init: as there; a tensor has shape (C, d) on every process.
+        ignore_index, reduction, scale_free, separation: as there. ``"square"`` sends d^2 more
+            numbers.
+        mesh: the processes to shard over, in one dimension; None takes all.
         device, dtype: of the centers, as there; the mesh's device by default.
 
     Shape:
-        features `(*, d)` and class indices `(*)`, whose number may differ between processes, to a
-        scalar, or `(*)` for ``reduction="none"``.
+        features `(*, d)` and class indices `(*)` to a scalar, or to `(*)` for
+        ``reduction="none"``. The number of samples may differ between processes.
 
     Attributes:
         centers: (C, d), a `DTensor` buffer with placement `Shard(0)`: `centers.to_local()` are this
-            process's rows, and torch.distributed.checkpoint loads them on any number of processes.
-        last_terms: as in `SeparateLoss`; intra is that of the own part.
+            process's rows. torch.distributed.checkpoint loads them on any number of processes.
+        last_terms: as in `SeparateLoss`; `intra` is that of this process's samples.
 
     Raises:
         TypeError, ValueError, IndexError: as in `SeparateLoss`; TypeError also
@@ -119,7 +119,7 @@ class ShardedSeparateLoss(nn.Module):
         self.separation: Separation = separation
         self.last_terms: Terms | None = None
 
-        # As `Shard` deals rows: equally many to all but the last processes.
+        # As `Shard` splits rows: equal numbers for all but the last processes.
         self._rows_each = -(-num_classes // mesh.size())
         self._first_row = min(mesh.get_local_rank() * self._rows_each, num_classes)
         own = slice(self._first_row, min(self._first_row + self._rows_each, num_classes))
@@ -137,10 +137,10 @@ class ShardedSeparateLoss(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Puts this process's centers where they start. Sends nothing."""
+        """Resets this process's centers to their initial values, without communication."""
         shard, generator = self.centers.to_local(), None
         if self.center_init not in ("features", "tensor"):
-            # Processes with equal seeds must not draw equal rows.
+            # Processes with the same seed must draw different rows.
             seed = int(torch.randint(2**62, ())) + self.centers.device_mesh.get_local_rank()
             generator = torch.Generator(shard.device).manual_seed(seed)
         init_centers_(shard, self._start, generator)
@@ -201,7 +201,7 @@ class ShardedSeparateLoss(nn.Module):
         return loss.reshape(features.shape[:-1]) if self.reduction == "none" else loss
 
     def _exchange(self, classes: Tensor, is_double: bool) -> "_Exchange":
-        """From the classes of the own samples, in order, and how the process computes."""
+        """Exchanges numbers of rows, given the sorted classes of this process's samples."""
         mesh = self.centers.device_mesh
         owners = classes // self._rows_each
         counts = owners.bincount(minlength=mesh.size())
@@ -213,7 +213,7 @@ class ShardedSeparateLoss(nn.Module):
         return _Exchange(mesh.get_group(), *sizes)
 
     def extra_repr(self) -> str:
-        """The arguments as they are in force, for `repr`."""
+        """The settings, for `repr`."""
         return (
             f"num_classes={self.num_classes}, feature_dim={self.feature_dim}, "
             f"center_lr={self.center_lr}, center_init={self.center_init!r}, "
@@ -240,7 +240,7 @@ def _all_reduce(
 
 
 class _Exchange(NamedTuple):
-    """How many rows go to the processes that own their classes, and how many come from each."""
+    """Numbers of rows to send to, and to receive from, each process."""
 
     group: dist.ProcessGroup
     sent: list[int]

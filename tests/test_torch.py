@@ -98,7 +98,7 @@ class Stub:
 
 def test_what_lacks_an_attribute_is_told_so() -> None:
     stub: Any = Stub()
-    assert _torch.notes_on(stub) == {}
+    assert _torch.metadata_of(stub) == {}
     assert _torch.saved(stub, "dim") is None
     assert _torch.version_of(stub) is None
     assert _torch.hooks_of(stub) == []
@@ -155,8 +155,8 @@ def test_each_use_sees_what_is_there() -> None:
     assert inside == [(True, True), (True, False), (False, False)]
 
     node: Any = doubled.grad_fn
-    _torch.notes_on(node)["key"] = 1
-    assert _torch.notes_on(doubled.grad_fn) == {"key": 1}
+    _torch.metadata_of(node)["key"] = 1
+    assert _torch.metadata_of(doubled.grad_fn) == {"key": 1}
     assert _torch.saved(tensor.transpose(0, -1).grad_fn, "dim0") == 0
     with torch.no_grad():
         before = _torch.version_of(tensor)

@@ -1,8 +1,8 @@
-"""The Triton kernels of `fused`, which launches them and says what they read and write.
+"""The Triton kernels. `step` launches them, and documents what they read and write.
 
-Each program holds whole rows of d values, so that every vector is read once. `ACC` is the type that
-is computed in; `WIDTH` is d up to the next power of two. Nothing adds floats by atomic operators:
-the order of every sum follows from the shapes alone.
+Each program holds whole rows of d values, so that every vector is read once. `ACC` is the type of
+all computations; `WIDTH` is the next power of two from d on. No float is added atomically: the
+order of every sum depends on the shapes alone.
 """
 
 import triton
@@ -11,14 +11,14 @@ import triton.language as tl
 
 @triton.jit
 def _inverse_norm(rows, TINY: tl.constexpr):
-    """Over the last dimension; 0 for a zero vector, as `eager._norms` has it."""
+    """Inverse norms over the last dimension; 0 for a zero vector, as in `_ops.vector_norms`."""
     norm = tl.sqrt(tl.sum(rows * rows, -1))
     return 1 / tl.where(norm <= TINY, float("inf"), norm)
 
 
 @triton.jit
 def _clamp(value, least, most):
-    """Lets NaN pass."""
+    """Clamps; NaN stays NaN."""
     return tl.where(value < least, least, tl.where(value > most, most, value))
 
 
@@ -42,7 +42,7 @@ def read(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """A block of centers, or a sample: the first `blocks` programs have the centers."""
+    """Reads a block of centers (the first `blocks` programs) or a sample (the others)."""
     program = tl.program_id(0)
     columns = tl.arange(0, WIDTH)
     inside = columns < d
@@ -97,7 +97,7 @@ def finish(
     WIDTH: tl.constexpr,
     BATCH: tl.constexpr,
 ):
-    """One program: Eq. 3, the mean of Eq. 2 and their sum; marks the classes of the batch."""
+    """In one program: Eq. 3, the mean of Eq. 2, their sum, and which classes are in the batch."""
     columns = tl.arange(0, WIDTH)
     inside = columns < d
     sums = tl.zeros((ROWS, WIDTH), ACC)
@@ -155,7 +155,7 @@ def features_gradient(
     ACC: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """A sample: Eq. 5 times the gradient of the loss."""
+    """For each sample, Eq. 5 times the gradient of the loss."""
     sample = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     inside = columns < d
@@ -194,7 +194,7 @@ def move(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """A few centers: new ones by Eq. 8 with `PAPER`, else their gradient times that of the loss."""
+    """For a few centers, with `PAPER` Eq. 8, else their gradient times that of the loss."""
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = first + tl.arange(0, ROWS)
     columns = tl.arange(0, WIDTH)
@@ -220,7 +220,7 @@ def move(
                     if (label >= first) & (label < first + ROWS) & (label != ignore_index):
                         cosine = tl.load(samples + i)
                         inverse_x = tl.load(samples + num_samples + i)
-                        # Eq. 8 goes without samples that are not finite: their cosines are NaN.
+                        # Eq. 8 ignores samples that are not finite: their cosines are NaN.
                         if (tl.abs(cosine) <= 1) | (not PAPER):
                             unit = tl.load(x, inside, other=0.0).to(ACC) * inverse_x
                             own = row == label
@@ -239,7 +239,7 @@ def move(
         push = tl.load(grad) / (c * (c - 1))
         pull = -0.5 * tl.load(grad) * tl.load(numbers + 2) + tl.zeros((ROWS,), ACC)
     both_sums = push * tl.load(total + columns, inside, other=0)[None, :] + pull[:, None] * sums
-    # Across the center alone: the derivative of normalising it.
+    # The derivative of normalising a center.
     unit = center * inverse[:, None]
     step = (both_sums - tl.sum(both_sums * unit, 1)[:, None] * unit) * inverse[:, None]
     if PAPER:

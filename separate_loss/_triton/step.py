@@ -24,10 +24,10 @@ from separate_loss._update import CENTER_LR_PER_SAMPLE
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
-# Programs among which few centers are spread, and values that a program holds of many.
+# The most programs for centers, and the most values that a program holds at a time.
 PROGRAMS, TILE = 1024, 2048
 BATCH = 1024
-# Labels that a program looks at together before it looks at them one by one.
+# Labels that a program reads at a time; it reads them one by one if its classes are among them.
 LABELS = 32
 
 
@@ -41,13 +41,13 @@ def _launch(kernel: Any, programs: int, *arguments: object, **constants: object)
 
 @cache
 def works_on(device: torch.device) -> bool:
-    """Whether kernels can be built and started on a GPU; warns once where Triton fails."""
+    """Whether Triton can build and run the kernels on a GPU; warns once if it cannot."""
     if torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
         sample = torch.ones(1, 2, device=device)
         _read(sample, torch.zeros(1, dtype=torch.long, device=device), sample.repeat(2, 1), -100)
-    except Exception as error:  # compilers, linkers and drivers raise what they like
+    except Exception as error:  # compilers, linkers and drivers raise errors of many types
         warnings.warn(
             f"separate_loss runs without its Triton kernels, which cannot be built here: {error}",
             stacklevel=2,
@@ -68,7 +68,7 @@ def _config(computed: Tensor, d: int) -> dict[str, Any]:
 
 
 def _rows_config(num_classes: int, config: dict[str, Any]) -> dict[str, Any]:
-    """How many centers a program holds at a time, and what counts as zero."""
+    """Adds how many centers a program holds at a time, and the largest norm that counts as zero."""
     few = triton.next_power_of_2(triton.cdiv(num_classes, PROGRAMS))
     tiny = 2.0**-511 if config["ACC"] == triton.language.float64 else 2.0**-63
     return {**config, "ROWS": min(max(1, TILE // config["WIDTH"]), few), "TINY": tiny}
@@ -186,7 +186,7 @@ def _move_centers(
     centers: Tensor, features: Tensor, target: Tensor, scalars: Tensor, sample_stats: Tensor,
     class_stats: Tensor, center_sum: Tensor, ignore_index: int, rate: float | None, start: bool,
 ) -> None:  # fmt: skip
-    moved = centers.contiguous()  # The centers themselves, but for unusual strides.
+    moved = centers.contiguous()  # The centers themselves, unless their strides are unusual.
     _move(
         scalars, features, target, moved, scalars, sample_stats, class_stats, center_sum, moved,
         ignore_index, rate, paper=True, start=start,
@@ -225,7 +225,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, *others = output
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
-    # Centers without a gradient may move before the backward pass.
+    # Centers without a gradient may change in place before the backward pass.
     held = centers if ctx.needs_input_grad[2] else None
     ctx.save_for_backward(features, target, held, *others)
 
@@ -252,7 +252,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
 
 @torch.enable_grad()
 def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients that have derivatives themselves, and that may be batches of gradients."""
+    """Gradients by PyTorch's operators: differentiable, and under vmap."""
     features, target, centers, scalars, target_centers, *_ = ctx.saved_tensors
     valid = target != ctx.ignore_index
     dtype = target_centers.dtype
@@ -262,7 +262,7 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
         index = target.where(valid, 0).long()
         target_centers, center_sum, norms = gather_centers(centers.to(dtype), index)
         inter = separation(center_sum, None, count_nonzero(norms), len(norms))
-    # Eq. 4, but for a constant.
+    # Eq. 4 without a constant.
     loss = inter - (unit_features * target_centers).sum() * (scalars[2] / 2)
     needed = ctx.needs_input_grad
     wanted = [one for one, need in ((features, needed[0]), (centers, needed[2])) if need]
