@@ -151,7 +151,7 @@ def test_sizes_come_from_the_layers_of_the_head(head: nn.Module) -> None:
 def test_heads_without_sizes_need_them_as_arguments(center_update: Any) -> None:
     """Optimizers, averaged models and `to` would miss centers that are created later."""
     for head, missing in ((WithoutSizes(), "num_classes"), (nn.LazyLinear(5), "feature_dim")):
-        with pytest.raises(ValueError, match=f"{missing} must be given, as head does not tell it"):
+        with pytest.raises(ValueError, match=f"{missing} must be given"):
             SoftmaxSeparateLoss(head, center_update=center_update)
         criterion = SoftmaxSeparateLoss(head, num_classes=5, feature_dim=16)
         features = torch.randn(6, 16, requires_grad=True)
@@ -232,8 +232,8 @@ def test_bad_calls_are_refused(logits_shape: Any, target: Tensor, error: Any, me
     ("options", "error", "message"),
     [
         ({"head": "fc"}, TypeError, "head must be a torch.nn.Module, got str"),
-        ({"num_classes": 4}, ValueError, "num_classes must be 5, as the head has it, or None"),
-        ({"feature_dim": 4}, ValueError, "feature_dim must be 16, as the head has it, or None"),
+        ({"num_classes": 4}, ValueError, "num_classes must be 5, as in the head, or None"),
+        ({"feature_dim": 4}, ValueError, "feature_dim must be 16, as in the head, or None"),
         ({"head": ByName(), "reduction": "some"}, ValueError, "reduction must be one of"),
         ({"head": ByName(), "center_lr": -1.0}, ValueError, "center_lr must be finite"),
         ({"separate_weight": -1.0}, ValueError, "separate_weight must be finite and not negative"),

@@ -88,7 +88,7 @@ def test_a_copied_loss_watches_the_copied_head(way: str, loss_first: bool, compi
         call(inputs, TARGET).backward()
         optimizer.step()
     twin.criterion.unwatch()
-    with pytest.raises(RuntimeError, match="watches no head"):
+    with pytest.raises(RuntimeError, match="no head is watched"):
         twin(inputs, TARGET)
     original(inputs, TARGET)
 
