@@ -11,7 +11,7 @@ CORE := checks compile distributed functional gradients invariants layouts memor
 .PHONY: demo test test-cuda test-torch fuzz lint docs package clean
 
 demo: $(INSTALLED)
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m examples.digits
 
 test: lint
 	$(BIN)/python -m pytest

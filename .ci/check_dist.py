@@ -26,7 +26,7 @@ with tarfile.open(sdist_path) as sdist:
 faults = {
     "wheel lacks": (sources("separate_loss") | described) - names,
     "wheel has beside them": names - sources("separate_loss") - described,
-    "sdist lacks": sources("separate_loss", "tests", "benchmarks", "docs") - packed,
+    "sdist lacks": sources("separate_loss", "tests") - packed,
 }
 for fault, files in faults.items():
     if files:

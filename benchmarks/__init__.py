@@ -1,1 +1,1 @@
-"""Measurements: `python -m benchmarks --help`; before them, `benchmarks.demo` and `.centers`."""
+"""Measurements: `python -m benchmarks --help`."""

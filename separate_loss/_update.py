@@ -94,10 +94,9 @@ def _update_all_(
     step = torch.addcmul(vector * factor, sums, weight.unsqueeze(-1))
     updated = centers + tangent(step, units) / columns
     if start_zeros:
-        starting = norms.isinf() & (counts >= 0.5)
+        starting = _is_zero(centers, norms) & (counts >= 0.5)
         directions = sums / vector_norms(sums).unsqueeze(-1)
-        # Added, as a center whose norm overflows has an infinite norm too.
-        updated = torch.where(starting.unsqueeze(-1), centers + directions, updated)
+        updated = torch.where(starting.unsqueeze(-1), directions, updated)
     centers.copy_(updated)
 
 
@@ -114,11 +113,12 @@ def _update_rows_(
     """Eq. 8 with sums for some of the centers, without a copy of the centers."""
     # Eq. 6, of the centers before they change.
     own_norms = norms.index_select(0, index)
-    units = centers.index_select(0, index) / own_norms.unsqueeze(-1)
+    rows = centers.index_select(0, index)
+    units = rows / own_norms.unsqueeze(-1)
     own_weight = weight.index_select(0, index) / own_norms
     starting = None
     if start_zeros:
-        starting = own_norms.isinf() & (class_counts.index_select(0, index) >= 0.5)
+        starting = _is_zero(rows, own_norms) & (class_counts.index_select(0, index) >= 0.5)
         own_weight = own_weight.masked_fill(starting, 1)
     pull = tangent(sums, units) * own_weight.unsqueeze(-1)
 
@@ -147,6 +147,11 @@ def _push_(centers: Tensor, norms: Tensor, push: _Push) -> None:
     for block, norm in [(centers, columns)] if by_class else row_blocks(centers, columns):
         units = block / norm
         block.add_(tangent(vector + gram_product(matrix, units), units) * factor / norm)
+
+
+def _is_zero(centers: Tensor, norms: Tensor) -> Tensor:
+    """Which centers count as zero; `vector_norms` is infinite for norms that overflow too."""
+    return norms.isinf() & (centers.abs().amax(-1) < 1)
 
 
 def _center_lr(center_lr: float | None, num_samples: Tensor, num_classes: int) -> Tensor | float:

@@ -156,7 +156,7 @@ def pictures() -> Iterator[tuple[Path, str]]:
 
 def test_pictures_have_an_alternative_text() -> None:
     found = list(pictures())
-    assert {"course.png", "cost.svg"} <= {path.name for path, _ in found}
+    assert {"demo.png", "cost.svg"} <= {path.name for path, _ in found}
     for path, text in found:
         assert path.exists(), path
         assert len(text.split()) >= 5, f"{path}: {text!r}"

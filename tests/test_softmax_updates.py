@@ -75,7 +75,7 @@ def test_features_without_a_gradient_cause_one_warning() -> None:
     frozen[0].requires_grad_(False)
     for head, model in ((whole, whole), (frozen[-1], frozen)):
         criterion = SoftmaxSeparateLoss(head)
-        with pytest.warns(UserWarning, match=r"is frozen.*is the whole model"):
+        with pytest.warns(UserWarning, match=r"are frozen.*is the whole model"):
             criterion(model(inputs_of()), TARGET).backward()
         criterion(model(inputs_of()), TARGET).backward()
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks.digits import FEATURE_DIM, NUM_CLASSES, DigitClassifier, load_split
+from benchmarks.data import load_digits
+from benchmarks.networks import digit_classifier
 from separate_loss import SeparateLoss
 
 
@@ -49,12 +50,12 @@ def one_thread() -> Iterator[None]:
 def trained(setting: Setting, form: str) -> Outcome:
     accuracies, norms = [], []
     for seed in range(setting.seeds):
-        training, test = load_split(seed)
+        training, test = load_digits(seed)
         torch.manual_seed(seed)
-        model = DigitClassifier("non-negative", setting.feature_scale)
+        model = digit_classifier("non-negative", scale=setting.feature_scale)
         criterion = None
         if form != "softmax":
-            criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, **FORMS[form])
+            criterion = SeparateLoss(10, model.feature_dim, **FORMS[form])
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         generator = torch.Generator().manual_seed(seed)
         for _ in range(30):

@@ -1,173 +1,127 @@
-"""The data sets of the study: where samples come from, what is trained on them, and how long."""
+"""The data sets of the study: which samples, which network, and how long it is trained."""
 
-import hashlib
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
-from benchmarks import digits, faces, mobilenet, stdlib
-from benchmarks.samples import FeatureKind, Split
+from benchmarks import networks
+from benchmarks.data import KINDS, FeatureKind, Split, faces, load_digits, stratified, text
+from benchmarks.networks import Classifier
 
-KINDS: tuple[FeatureKind, ...] = ("signed", "non-negative", "neck")
 
-
-class Place(NamedTuple):
-    """What the data that a person has to bring is read from."""
+class Files(NamedTuple):
+    """What the user has to bring."""
 
     faces: Path | None = None
     weights: Path | None = None
 
 
-class Sides(NamedTuple):
-    """What is trained on, and what is measured: to tune on, or to report."""
+def adamw(model: nn.Module, rate: float, steps: int) -> tuple[Optimizer, LRScheduler]:
+    """AdamW in one cycle."""
+    optimizer = AdamW(model.parameters(), weight_decay=0.01)
+    return optimizer, OneCycleLR(optimizer, rate, total_steps=steps)
 
-    training: Split
-    measured: Split
+
+def sgd(model: nn.Module, rate: float, steps: int) -> tuple[Optimizer, LRScheduler]:
+    """SGD along a cosine."""
+    optimizer = SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4)
+    return optimizer, CosineAnnealingLR(optimizer, steps)
 
 
 class DataSet(NamedTuple):
-    """`sides` takes the place, a seed, and whether a run is for tuning."""
+    """`load` takes files, a seed, and whether to tune; it gives what is trained on and measured."""
 
     title: str
-    sides: Callable[[Place, int, bool], Sides]
-    network: Callable[[Place, FeatureKind, int, float], nn.Module]
-    classes: Callable[[Place], int]
-    feature_dim: int
+    load: Callable[[Files, int, bool], tuple[Split, Split]]
+    network: Callable[[Files, FeatureKind, int, float], Classifier]
     epochs: int
     batch_size: int
     seeds: int
     tuning_seeds: int
     rates: tuple[float, ...]  # of the network, among which softmax loss alone chooses
     kinds: tuple[FeatureKind, ...] = KINDS
-    optimizer: Literal["adam", "sgd"] = "adam"
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    optimizer: Callable[[nn.Module, float, int], tuple[Optimizer, LRScheduler]] = adamw
+    augment: Callable[[Tensor, torch.Generator], Tensor] = lambda images, _: images
     left_out: tuple[str, ...] = ()  # methods
+    needs: tuple[str, ...] = ()  # of Files
 
 
-def divided(data: Split, held_out: float | int, seed: int) -> Sides:
-    """Two parts with classes in equal shares."""
-    kept, others = train_test_split(
-        torch.arange(len(data.labels)),
-        test_size=held_out,
-        random_state=seed,
-        stratify=data.labels,
-    )
-    return Sides(*(Split(data.images[rows], data.labels[rows]) for rows in (kept, others)))
+FEW, MOST_FACES = 10, 5000
+_digits, _texts = cache(load_digits), cache(text.load)
+_faces = cache(lambda path: faces.split_faces(faces.load(path), MOST_FACES))
 
 
-@lru_cache(maxsize=1)
-def _halves() -> tuple[Split, Split]:
-    return digits.load_split(0)
+def _load_digits(_: Files, seed: int, tuning: bool) -> tuple[Split, Split]:
+    training, test = _digits(seed)
+    return stratified(training, 0.25, seed) if tuning else (training, test)
 
 
-def _half(_: Place, seed: int, tuning: bool) -> Sides:
-    training, test = digits.load_split(seed)
-    return divided(training, 0.25, seed) if tuning else Sides(training, test)
+def _load_few(_: Files, seed: int, tuning: bool) -> tuple[Split, Split]:
+    """Draws other labels of one half for each seed; tunes on its rest, reports the other half."""
+    half, test = _digits(0)
+    rest, few = stratified(half, FEW * 10, seed)
+    return few, rest if tuning else test
 
 
-LABELS = 10
+def _load_text(_: Files, __: int, tuning: bool) -> tuple[Split, Split]:
+    return _texts()["training"], _texts()["tuning" if tuning else "test"]
 
 
-def _few(_: Place, seed: int, tuning: bool) -> Sides:
-    """Another few of the one half for each seed; tuned on its rest, reported on the other half."""
-    half, test = _halves()
-    rest, few = divided(half, LABELS * digits.NUM_CLASSES, seed)
-    return Sides(few, rest if tuning else test)
-
-
-@lru_cache(maxsize=1)
-def _texts() -> stdlib.Texts:
-    return stdlib.load()
-
-
-def _text(_: Place, __: int, tuning: bool) -> Sides:
-    texts = _texts()
-    return Sides(texts.training, texts.tuning if tuning else texts.test)
-
-
-@lru_cache(maxsize=1)
-def _faces(path: Path, most: int) -> faces.Parts:
-    return faces.parts(faces.load(path), most)
-
-
-FACES = 5000
-
-
-def _expressions(place: Place, _: int, tuning: bool) -> Sides:
-    if place.faces is None:
-        raise ValueError("no path of faces")
-    parts = _faces(place.faces, FACES)
-    return Sides(parts.training, parts.tuning if tuning else parts.test)
-
-
-def fingerprint(path: Path) -> str:
-    """Tells one set of faces from another."""
-    found = faces.load(path)
-    digest = hashlib.sha256(found.images.tobytes() + found.labels.tobytes()).hexdigest()
-    return f"{len(found.labels)} faces, {digest[:12]}"
+def _load_faces(files: Files, _: int, tuning: bool) -> tuple[Split, Split]:
+    training, tuned, test = _faces(files.faces)
+    return training, tuned if tuning else test
 
 
 _DIGITS = DataSet(
     "digits, half of 1,797",
-    _half,
-    lambda _, kind, classes, scale: digits.DigitClassifier(kind, scale, classes),
-    lambda _: digits.NUM_CLASSES,
-    feature_dim=digits.FEATURE_DIM,
+    _load_digits,
+    lambda _, kind, classes, scale: networks.digit_classifier(kind, classes, scale),
     epochs=30,
     batch_size=32,
     seeds=10,
     tuning_seeds=3,
     rates=(0.001, 0.003, 0.01),
 )
+_FACES = DataSet(
+    f"FER-2013, {MOST_FACES:,} faces, small network",
+    _load_faces,
+    lambda _, kind, classes, __: networks.face_classifier(kind, classes),
+    epochs=8,
+    batch_size=100,
+    seeds=5,
+    tuning_seeds=1,
+    rates=(0.003, 0.01, 0.03),
+    augment=faces.mirrored,
+    needs=("faces",),
+)
 DATA = {
     "digits": _DIGITS,
     "few": _DIGITS._replace(
-        title="digits, 10 labels a class", sides=_few, epochs=60, rates=(0.003, 0.01, 0.03)
+        title=f"digits, {FEW} labels a class", load=_load_few, epochs=60, rates=(0.003, 0.01, 0.03)
     ),
-    "text": DataSet(
-        "source code as text, 14 packages",
-        _text,
-        lambda _, kind, classes, __: stdlib.TextClassifier(kind, 64, classes),
-        lambda _: len(_texts().class_names),
-        feature_dim=64,
+    "text": _DIGITS._replace(
+        title="source code as text, 14 packages",
+        load=_load_text,
+        network=lambda _, kind, classes, __: networks.text_classifier(kind, classes),
         epochs=15,
-        batch_size=32,
-        seeds=10,
-        tuning_seeds=3,
-        rates=(0.001, 0.003, 0.01),
     ),
-    "faces": DataSet(
-        f"FER-2013, {FACES:,} faces, small network",
-        _expressions,
-        lambda _, kind, classes, __: faces.FaceClassifier(kind, 128, classes),
-        lambda _: len(faces.CSV_CLASSES),
-        feature_dim=128,
-        epochs=8,
-        batch_size=100,
-        seeds=5,
-        tuning_seeds=1,
-        rates=(0.003, 0.01, 0.03),
-        augment=faces.mirrored,
-    ),
-    "pretrained": DataSet(
-        f"FER-2013, {FACES:,} faces, pretrained MobileNetV2",
-        _expressions,
-        lambda place, kind, classes, _: mobilenet.FaceClassifier(place.weights, kind, classes),
-        lambda _: len(faces.CSV_CLASSES),
-        feature_dim=mobilenet.FEATURE_DIM,
+    "faces": _FACES,
+    "pretrained": _FACES._replace(
+        title=f"FER-2013, {MOST_FACES:,} faces, pretrained MobileNetV2",
+        network=lambda files, kind, classes, _: networks.pretrained_face_classifier(
+            kind, classes, files.weights
+        ),
         epochs=4,
-        batch_size=100,
-        seeds=5,
-        tuning_seeds=1,
         rates=(0.01,),
         kinds=("non-negative", "neck"),
-        optimizer="sgd",
-        augment=faces.mirrored,
+        optimizer=sgd,
         left_out=("island", "triplet", "cosface"),
+        needs=("faces", "weights"),
     ),
 }

@@ -1,24 +1,120 @@
-"""Which trainings there are, what is chosen on the tuning parts, and what the figures decide."""
+"""Which trainings there are, what is chosen on the tuning parts, and how the losses compare."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from benchmarks.quality.data import DATA
-from benchmarks.quality.methods import METHODS, PAPER_WEIGHT, STARTS
-from benchmarks.quality.runs import FIGURES, Figures, Setting
-from benchmarks.quality.statistics import Interval, paired
-from benchmarks.samples import FeatureKind
+import torch
+from torch import Tensor
 
-Measure = Callable[[Iterable[Setting]], None]
+from benchmarks.data import KINDS, FeatureKind, Split
+from benchmarks.harness import Interval, paired_interval
+from benchmarks.quality.data import DATA, Files
+from benchmarks.training import (
+    FIGURES,
+    METHODS,
+    PAPER_WEIGHT,
+    STARTS,
+    CosineHead,
+    Figures,
+    evaluate,
+    learned_centers,
+    train_steps,
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides the outcome of a training; `weight` is that of the loss, or its margin."""
+
+    data: str
+    kind: FeatureKind
+    method: str
+    weight: float
+    rate: float  # of the network, the highest of its schedule
+    seed: int
+    epochs: int
+    batch_size: int
+    tuning: bool = False  # measured on the part to tune on
+    scale: float = 1.0  # of the features
+
+    def changes(self) -> str:
+        """How it differs from a training of the tables, of which all figures are stored."""
+        sized = self.batch_size != DATA[self.data].batch_size
+        return (
+            (f", batches of {self.batch_size}" if sized else "")
+            + (f", scale {self.scale:g}" if self.scale != 1 else "")
+            + (", tuning" if self.tuning else "")
+        )
+
+    def key(self) -> str:
+        """A name that differs between the trainings of a data set."""
+        run = f"{self.method} {self.weight:g}, rate {self.rate:g}, seed {self.seed}"
+        return f"{self.kind}: {run}{self.changes()}"
+
+
+def run(
+    setting: Setting, files: Files, device: str = "cpu", most: int | None = None
+) -> list[float | None]:
+    """Trains once, on one thread and at most `most` samples, and returns `FIGURES` in order.
+
+    All methods start from the same weights under the same seed, and see the same batches.
+    """
+    torch.set_num_threads(1)
+    data, method = DATA[setting.data], METHODS[setting.method]
+    splits = data.load(files, setting.seed, setting.tuning)
+    classes = int(splits[0].labels.max()) + 1
+    training, measured = (Split(*(part[:most].to(device) for part in split)) for split in splits)
+    torch.manual_seed(setting.seed)
+    model = data.network(files, setting.kind, classes, setting.scale).to(device)
+    counts = training.labels.bincount(minlength=classes)
+    criterion = method.build(counts, model.feature_dim, setting.weight).to(device)
+    if method.is_head:
+        model.classifier = CosineHead(criterion)
+    # A last batch of one sample is left out: it has no variance for BatchNorm1d.
+    steps = setting.epochs * -(-(len(training.labels) - 1) // setting.batch_size)
+    optimizer, schedule = data.optimizer(model, setting.rate, steps)
+    optimizers = [optimizer]
+    if not method.is_head and list(criterion.parameters()):
+        optimizers.append(torch.optim.SGD(criterion.parameters(), lr=method.center_rate))
+    generator = torch.Generator().manual_seed(setting.seed)
+    objective = method.objective(criterion, setting.weight)
+
+    def batches() -> Iterable[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(training.labels), generator=generator)
+        for rows in order.split(setting.batch_size):
+            images = data.augment(training.images[rows], generator)
+            if len(rows) > 1:
+                yield images, training.labels[rows]
+
+    for _ in range(setting.epochs):
+        for _ in train_steps(model, batches(), objective, optimizers):
+            schedule.step()
+
+    @torch.no_grad()
+    def figures(split: Split) -> dict[str, float | None]:
+        model.eval()
+        outputs = [model(part) for part in split.images.split(500)]
+        features, logits = (torch.cat(part) for part in zip(*outputs, strict=True))
+        return evaluate(features, logits, split.labels, learned_centers(criterion))
+
+    found = figures(measured)
+    if setting.changes():
+        return [found["accuracy"]]
+    found["train_accuracy"] = figures(training)["accuracy"]
+    return [found[name] for name in FIGURES]
 
 
 class Row(NamedTuple):
-    """A line of a table: a method with its tuned weight, or with the one given."""
+    """A row of a table: a method with its tuned weight, or with a fixed one."""
 
     method: str
     weight: float | None = None
+    # In the sweep: a factor of the features, and another size of the batches.
+    scale: float = 1.0
+    batch_size: int | None = None
 
     @property
     def title(self) -> str:
@@ -32,239 +128,161 @@ class Row(NamedTuple):
 SOFTMAX, CENTER, PAPER = Row("softmax"), Row("center"), Row("paper", PAPER_WEIGHT)
 FREE, SQUARE = (tuple(Row(method, weight) for weight in STARTS) for method in ("free", "square"))
 ROWS = (
-    SOFTMAX,
-    CENTER,
-    Row("island"),
-    Row("triplet"),
-    Row("cosface"),
-    PAPER,
-    Row("paper"),
-    *FREE,
-    Row("free"),
-    *SQUARE,
-    Row("square"),
-    Row("balanced"),
+    *(SOFTMAX, CENTER, Row("island"), Row("triplet"), Row("cosface"), PAPER, Row("paper")),
+    *(*FREE, Row("free"), *SQUARE, Row("square"), Row("balanced")),
 )
-# Where they tell why.
 MORE_ROWS = {
     "digits": (Row("norm"),),
     "few": (Row("norm"), Row("gradient")),
     "text": (Row("norm"),),
 }
-# The norm sweep: data, scales of the features, sizes of the batches, seeds.
-SWEEP_DATA, SWEEP_SEEDS = "digits", 5
+SWEEP_DATA, SWEEP_SEEDS, SWEEP_ROWS = "digits", 5, (SOFTMAX, PAPER, FREE[1], SQUARE[1])
 SCALES, BATCH_SIZES = (0.01, 0.1, 1.0, 10.0, 100.0), (16, 256)
-SWEEP_KINDS: tuple[FeatureKind, ...] = ("signed", "non-negative")
-SWEEP_ROWS = (SOFTMAX, PAPER, FREE[1], SQUARE[1])
+Pair = tuple[FeatureKind, str]  # kind of features and method
 
 
 class Study:
-    """The trainings of one data set.
+    """The trainings of one data set; `found` holds figures by the key of their setting.
 
-    Args:
-        name: of the data set.
-        found: figures by the key of their setting; `measure` adds to them.
-        measure: trains what `found` lacks.
-        quick: two seeds, a few samples and epochs.
+    `measure` trains the settings that `found` lacks and adds their figures to it.
     """
 
     def __init__(
         self,
         name: str,
         found: Mapping[str, Sequence[float | None]],
-        measure: Measure,
+        measure: Callable[[list[Setting]], None],
         *,
         quick: bool = False,
     ) -> None:
         self.name, self.data, self.found, self.measure = name, DATA[name], found, measure
-        self.quick = quick
+        self.kinds, self.quick = self.data.kinds, quick
         self.seeds, self.tuning_seeds = self.data.seeds, self.data.tuning_seeds
         self.epochs = self.data.epochs
         if quick:
             self.seeds, self.tuning_seeds, self.epochs = 2, 1, max(1, self.epochs // 6)
-        self.rates: dict[FeatureKind, float] = {}
-        self.weights: dict[tuple[FeatureKind, str], float] = {}
-        # Accuracies on the tuning part by weight.
-        self.tried: dict[tuple[FeatureKind, str], dict[float, float]] = {}
-
-    @property
-    def kinds(self) -> Sequence[FeatureKind]:
-        return self.data.kinds
-
-    @property
-    def rows(self) -> Sequence[Row]:
         rows = [row for row in ROWS if row.method not in self.data.left_out]
-        return [*rows, *MORE_ROWS.get(self.name, ())]
+        self.rows = [*rows, *MORE_ROWS.get(name, ())]
+        self.rates: dict[FeatureKind, float] = {}  # tuned
+        self.weights: dict[Pair, float] = {}  # tuned
+        self.tried: dict[Pair, dict[float, float]] = {}  # accuracies on the tuning part by weight
+        # Of the sweep: kinds of features with the rows of a line.
+        self.sweep: list[tuple[FeatureKind, list[Row]]] = []
+        if name == SWEEP_DATA:
+            scales, sizes = (SCALES[::4], BATCH_SIZES[1:]) if quick else (SCALES, BATCH_SIZES)
+            for kind, scale, size in product(KINDS[:2], scales, sizes):
+                line = [row._replace(scale=scale, batch_size=size) for row in SWEEP_ROWS]
+                self.sweep.append((kind, line))
 
     def run(self) -> None:
         """Tunes, and trains what is reported."""
         self._tune_rates()
         self._tune_weights()
-        reported = [self.settings(kind, row) for kind, row in product(self.kinds, self.rows)]
-        self.measure(setting for settings in reported for setting in settings)
-        self.measure(
-            setting for place in self.sweep_places() for setting in self.sweep_settings(*place)
-        )
+        reported = [*product(self.kinds, self.rows)]
+        reported += [(kind, row) for kind, line in self.sweep for row in line]
+        self.measure([setting for one in reported for setting in self.settings(*one)])
 
     def settings(self, kind: FeatureKind, row: Row) -> list[Setting]:
-        """One for each seed."""
+        """The reported trainings of a row."""
         weight = self.weights[kind, row.method] if row.tuned else row.weight or 0.0
-        return [self._setting(kind, row.method, weight, seed) for seed in range(self.seeds)]
+        seeds = self.seeds if row.batch_size is None else min(self.seeds, SWEEP_SEEDS)
+        size = row.batch_size or self.data.batch_size
+        run = (self.name, kind, row.method, weight, self.rates[kind])
+        return [Setting(*run, seed, self.epochs, size, scale=row.scale) for seed in range(seeds)]
 
     def figures(self, kind: FeatureKind, row: Row) -> dict[int, Figures]:
-        """Of a line of the table, by seed; of a run that was interrupted, those that are there."""
+        """The figures of a row by seed, as far as they were measured."""
         return {
-            setting.seed: dict(zip(FIGURES, self.found[setting.key()], strict=True))
+            setting.seed: dict(zip(FIGURES, self.found[setting.key()], strict=False))
             for setting in self.settings(kind, row)
             if setting.key() in self.found
         }
 
+    def accuracies(self, kind: FeatureKind, row: Row) -> list[float]:
+        """Of a row by seed."""
+        return [figures["accuracy"] or 0.0 for figures in self.figures(kind, row).values()]
+
     def difference(self, kind: FeatureKind, row: Row, other: Row) -> Interval | None:
-        """Of accuracies, paired by seed; None where two pairs are not there."""
-        first, second = (self.figures(kind, one) for one in (row, other))
+        """Of accuracies, paired by seed; None with less than two pairs."""
+        first, second = self.figures(kind, row), self.figures(kind, other)
         seeds = sorted(first.keys() & second.keys())
         if len(seeds) < 2:
             return None
-        ours, theirs = (
-            [found[seed]["accuracy"] or 0.0 for seed in seeds] for found in (first, second)
-        )
-        return paired(ours, theirs)
+        pairs = ([found[seed]["accuracy"] or 0.0 for seed in seeds] for found in (first, second))
+        return paired_interval(*pairs)
 
-    def sweep_places(self) -> list[tuple[FeatureKind, float, int, Row]]:
-        if self.name != SWEEP_DATA:
-            return []
-        sizes, scales = (BATCH_SIZES[-1:], SCALES[::4]) if self.quick else (BATCH_SIZES, SCALES)
-        kinds = [kind for kind in SWEEP_KINDS if kind in self.kinds]
-        return list(product(kinds, scales, sizes, SWEEP_ROWS))
-
-    def sweep_settings(
-        self, kind: FeatureKind, scale: float, batch_size: int, row: Row
-    ) -> list[Setting]:
-        """One for each seed, at a scale of the features and a size of the batches."""
-        seeds = range(min(self.seeds, SWEEP_SEEDS))
-        return [
-            self._setting(
-                kind,
-                row.method,
-                row.weight or 0.0,
-                seed,
-                scale=scale,
-                batch_size=batch_size,
-                brief=True,
-            )
-            for seed in seeds
-        ]
-
-    def sweep(self, kind: FeatureKind, scale: float, batch_size: int, row: Row) -> list[float]:
-        """Accuracies there."""
-        settings = self.sweep_settings(kind, scale, batch_size, row)
-        return [self._accuracy([setting]) for setting in settings]
-
-    def _setting(
-        self, kind: FeatureKind, method: str, weight: float, seed: int, **changes: Any
-    ) -> Setting:
-        values: dict[str, Any] = {
-            "rate": self.rates.get(kind),
-            "epochs": self.epochs,
-            "batch_size": self.data.batch_size,
-            **changes,
-        }
-        return Setting(self.name, kind, method, weight, seed=seed, **values)
-
-    def _candidate(
-        self, kind: FeatureKind, method: str, weight: float, **changes: Any
-    ) -> list[Setting]:
-        # Seeds that no reported run has: the part to tune on may be reported by another seed.
+    def _tune(self, tried: Mapping[Any, tuple[FeatureKind, str, float, float]]) -> dict[Any, float]:
+        """Mean accuracies on the tuning part, by kind, method, weight and rate."""
+        # Other seeds than the reported ones, whose test part may hold the part to tune on.
         seeds = range(100, 100 + self.tuning_seeds)
-        return [
-            self._setting(kind, method, weight, seed, tuning=True, brief=True, **changes)
-            for seed in seeds
-        ]
-
-    def _accuracy(self, settings: Iterable[Setting]) -> float:
-        return fmean(self.found[setting.key()][0] or 0.0 for setting in settings)
+        size = self.data.batch_size
+        settings = {
+            key: [Setting(self.name, *run, seed, self.epochs, size, tuning=True) for seed in seeds]
+            for key, run in tried.items()
+        }
+        self.measure([setting for group in settings.values() for setting in group])
+        return {
+            key: fmean(self.found[setting.key()][0] or 0.0 for setting in group)
+            for key, group in settings.items()
+        }
 
     def _tune_rates(self) -> None:
-        """Softmax loss alone chooses the network's rate for all methods."""
+        """Softmax loss alone chooses the network's rate, for all methods."""
+        pairs = [*product(self.kinds, self.data.rates)]
         if len(self.data.rates) == 1:
-            self.rates = dict.fromkeys(self.kinds, self.data.rates[0])
+            self.rates = dict(pairs)
             return
-        tried = {
-            (kind, rate): self._candidate(kind, "softmax", 0.0, rate=rate)
-            for kind, rate in product(self.kinds, self.data.rates)
-        }
-        self.measure(setting for settings in tried.values() for setting in settings)
+        scores = self._tune({(kind, rate): (kind, "softmax", 0.0, rate) for kind, rate in pairs})
         for kind in self.kinds:
-            scores = {rate: self._accuracy(tried[kind, rate]) for rate in self.data.rates}
-            self.rates[kind] = max(scores, key=scores.__getitem__)
+            self.rates[kind] = max(self.data.rates, key=lambda rate: scores[kind, rate])
 
     def _tune_weights(self) -> None:
-        """Each method its weight: a range is extended as long as its best is the first or last."""
+        """Each range of weights is extended while its best is the first or last."""
         methods = dict.fromkeys(row.method for row in self.rows if METHODS[row.method].start)
-        ranges = {
-            (kind, method): METHODS[method].start for kind, method in product(self.kinds, methods)
-        }
+        ranges = {pair: METHODS[pair[1]].start for pair in product(self.kinds, methods)}
+        grown: dict[Pair, tuple[float, ...]] = {}
         while True:
-            tried = {
-                (place, weight): self._candidate(*place, weight)
-                for place, weights in ranges.items()
-                for weight in weights
-            }
-            self.measure(setting for settings in tried.values() for setting in settings)
-            grown = {}
-            for place, weights in ranges.items():
-                scores = {weight: self._accuracy(tried[place, weight]) for weight in weights}
-                best = max(scores, key=scores.__getitem__)
-                self.tried[place], self.weights[place] = scores, best
-                ladder = METHODS[place[1]].ladder
-                first, last = ladder.index(weights[0]), ladder.index(weights[-1])
+            tried = [(pair, weight) for pair, weights in ranges.items() for weight in weights]
+            scores = self._tune(
+                {(pair, weight): (*pair, weight, self.rates[pair[0]]) for pair, weight in tried}
+            )
+            for pair, weights in ranges.items():
+                self.tried[pair] = {weight: scores[pair, weight] for weight in weights}
+                best = self.weights[pair] = max(weights, key=self.tried[pair].__getitem__)
+                candidates = METHODS[pair[1]].candidates
+                first, last = candidates.index(weights[0]), candidates.index(weights[-1])
                 first -= best == weights[0] and first > 0
-                last += best == weights[-1] and last + 1 < len(ladder)
-                grown[place] = ladder[first : last + 1]
+                last += best == weights[-1] and last + 1 < len(candidates)
+                grown[pair] = candidates[first : last + 1]
             if grown == ranges or self.quick:
                 return
-            ranges = grown
+            ranges = dict(grown)
 
 
-def default_weight(studies: Sequence[Study]) -> float:
-    """The one weight of both forms with the best mean accuracy on the tuning parts."""
-    tried = [
-        study.tried[kind, method]
-        for study in studies
-        for kind in study.kinds
-        for method in ("free", "square")
-    ]
-    return max(STARTS, key=lambda weight: fmean(scores[weight] for scores in tried))
+def chosen_rows(studies: Sequence[Study]) -> tuple[Row, Row]:
+    """Both forms at the one weight with the best mean accuracy on the tuning parts."""
+    methods = ("free", "square")
+    tried = [one.tried[pair] for one in studies for pair in product(one.kinds, methods)]
+    best = max(STARTS, key=lambda weight: fmean(scores[weight] for scores in tried))
+    return Row("free", best), Row("square", best)
 
 
-class Verdict(NamedTuple):
-    """What the rule for the defaults found."""
-
-    worse: list[str]  # places where the interval beside the lesser form is below zero
-    better: list[str]  # places where that beside softmax loss is above zero
-    fallen: list[str]  # cells of the norm sweep two deviations below softmax loss
-
-    @property
-    def holds(self) -> bool:
-        return not self.worse and len(self.better) >= 2 and not self.fallen
-
-
-def judge(studies: Sequence[Study], row: Row, lesser: Row) -> Verdict:
-    """The rule, for a form of the loss beside a lesser one."""
+def compare(
+    studies: Sequence[Study], row: Row, simpler: Row
+) -> tuple[list[str], list[str], list[str]]:
+    """Where a row is worse than a simpler one, better than softmax, and fallen in the sweep."""
     worse, better, fallen = [], [], []
     for study in studies:
         for kind in study.kinds:
-            place = f"{study.name}, {kind}"
-            beside_lesser = study.difference(kind, row, lesser)
+            beside_simpler = study.difference(kind, row, simpler)
             beside_softmax = study.difference(kind, row, SOFTMAX)
-            if beside_lesser is not None and beside_lesser.high < 0:
-                worse.append(place)
-            if beside_softmax is not None and beside_softmax.low > 0:
-                better.append(place)
-        cells = dict.fromkeys(place[:3] for place in study.sweep_places())
-        for kind, scale, size in cells:
-            swept = next(one for one in SWEEP_ROWS if one.method == row.method)
-            ours, softmax = (study.sweep(kind, scale, size, one) for one in (swept, SOFTMAX))
-            if fmean(ours) < fmean(softmax) - 2 * max(stdev(softmax), stdev(ours)):
-                fallen.append(f"{kind}, scale {scale:g}, batches of {size}")
-    return Verdict(worse, better, fallen)
+            if beside_simpler is not None and beside_simpler[2] < 0:
+                worse.append(f"{study.name}, {kind}")
+            if beside_softmax is not None and beside_softmax[1] > 0:
+                better.append(f"{study.name}, {kind}")
+        for kind, line in study.sweep:
+            ours = next(one for one in line if one.method == row.method)
+            found, softmax = (study.accuracies(kind, one) for one in (ours, line[0]))
+            if fmean(found) < fmean(softmax) - 2 * max(stdev(softmax), stdev(found)):
+                fallen.append(f"{kind}, scale {ours.scale:g}, batches of {ours.batch_size}")
+    return worse, better, fallen

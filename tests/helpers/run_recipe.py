@@ -4,7 +4,7 @@ import json
 import runpy
 import sys
 
-from benchmarks.vision import complete_torchvision
+from benchmarks.networks import complete_torchvision
 
 if __name__ == "__main__":
     program, *names = sys.argv[1:]

@@ -1,0 +1,169 @@
+"""Classifiers that return features and logits: small ones, and those of torchvision and timm."""
+
+import hashlib
+from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.data import FeatureKind, normalised
+from benchmarks.data.text import HASHED
+
+
+class Classifier(nn.Module):
+    """A body, features times `scale` (behind BatchNorm1d with a neck), and a linear layer."""
+
+    def __init__(
+        self, body: nn.Module, feature_dim: int, num_classes: int, *, neck: bool, scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.feature_dim, self.scale = feature_dim, scale
+        self.body = body
+        self.neck: nn.Module = nn.BatchNorm1d(feature_dim) if neck else nn.Identity()
+        self.classifier: nn.Module = nn.Linear(feature_dim, num_classes)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.neck(self.body(inputs) * self.scale)
+        return features, self.classifier(features)
+
+
+def digit_classifier(kind: FeatureKind, num_classes: int = 10, scale: float = 1.0) -> Classifier:
+    """Two convolutions on digits of 8 x 8."""
+    body = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    if kind == "signed":
+        body += [nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 64)]
+    else:
+        pool = [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        body += [nn.Conv2d(32, 64, 3, padding=1), *pool]
+    return Classifier(nn.Sequential(*body), 64, num_classes, neck=kind == "neck", scale=scale)
+
+
+def text_classifier(kind: FeatureKind, num_classes: int) -> Classifier:
+    """A hidden layer on hashed texts."""
+    end = nn.Identity() if kind == "signed" else nn.ReLU()
+    body = nn.Sequential(nn.Linear(HASHED, 128), nn.ReLU(), nn.Linear(128, 64), end)
+    return Classifier(body, 64, num_classes, neck=kind == "neck")
+
+
+def face_classifier(kind: FeatureKind, num_classes: int) -> Classifier:
+    """Three convolutions on faces at half their size, small for a CPU."""
+    layers: list[nn.Module] = [nn.AvgPool2d(2)]
+    for inputs, outputs in pairwise((1, 16, 32, 64)):
+        convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        layers += [convolution, nn.BatchNorm2d(outputs), nn.MaxPool2d(2), nn.ReLU()]
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    if kind == "signed":
+        layers += [*pool, nn.Linear(64, 128)]
+    else:
+        layers += [nn.Conv2d(64, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(), *pool]
+    model = Classifier(nn.Sequential(*layers), 128, num_classes, neck=kind == "neck")
+    nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
+    return model
+
+
+def backbone_classifier(
+    name: str,
+    weights: Path | str | None,
+    num_classes: int,
+    *,
+    feature_dim: int | None = None,
+    neck: bool = False,
+) -> Classifier:
+    """The pooled features of a model of torchvision or timm in front of a new head.
+
+    `weights` is a state dict to start from; None downloads ImageNet's, "none" starts at random.
+    `feature_dim` is that of a linear embedding in between; `neck` puts BatchNorm1d before the head.
+    """
+    body, dim = _backbone(name, weights)
+    if feature_dim is not None:
+        body, dim = nn.Sequential(body, nn.Linear(dim, feature_dim)), feature_dim
+    return Classifier(body, dim, num_classes, neck=neck)
+
+
+def _backbone(name: str, weights: Path | str | None) -> tuple[nn.Module, int]:
+    complete_torchvision()
+    import timm  # noqa: PLC0415 - after the line above
+    from torchvision import models  # noqa: PLC0415
+
+    of_torchvision = name in models.list_models()
+    if not of_torchvision and not timm.is_model(name):
+        raise ValueError(f"--model must be a name of torchvision or timm, got {name!r}")
+    model: Any
+    if of_torchvision:
+        model = models.get_model(name, weights="DEFAULT" if weights is None else None)
+    else:
+        model = timm.create_model(name, pretrained=weights is None)
+    if weights is not None and weights != "none":
+        _load_weights(model, Path(weights))
+    if not of_torchvision:
+        model.reset_classifier(0)
+        return model, getattr(model, "head_hidden_size", None) or model.num_features
+    head = "fc" if hasattr(model, "fc") else "classifier"
+    linear = [one for one in getattr(model, head).modules() if isinstance(one, nn.Linear)]
+    if len(linear) != 1:
+        raise ValueError(f"--model {name}: expected one linear layer in its {head}; take timm's")
+    setattr(model, head, nn.Identity())
+    return model, linear[0].in_features
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Loads all weights but the head's."""
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        missing = model.load_state_dict(state, strict=False).missing_keys
+    except Exception as error:
+        raise ValueError(f"--weights {path} is no state dict of this model: {error}") from error
+    missing = [name for name in missing if not name.startswith(("fc.", "classifier.", "head."))]
+    if missing:
+        raise ValueError(f"--weights {path} lacks {len(missing)} of the model, as {missing[0]}")
+
+
+class _GreyTo96(nn.Module):
+    """Faces (N, 1, 48, 48) of (grey - 128) / 64, as a pretrained network takes them."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        grey = F.interpolate((images * 64 + 128) / 255, 96, mode="bilinear", align_corners=False)
+        return normalised(grey)
+
+
+def check_mobilenet(path: Path) -> None:
+    """Raises ValueError unless a file is torchvision's, which its SHA-256 shows."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith("b0353104"):
+        expected = (
+            "--weights must be torchvision's mobilenet_v2, whose SHA-256 starts with b0353104"
+        )
+        raise ValueError(f"{expected}, got {path}, whose SHA-256 starts with {digest[:8]}")
+
+
+def pretrained_face_classifier(
+    kind: FeatureKind, num_classes: int, weights: Path | None
+) -> Classifier:
+    """MobileNetV2 on faces; without weights it starts at random."""
+    model = backbone_classifier("mobilenet_v2", weights or "none", num_classes, neck=kind == "neck")
+    model.body = nn.Sequential(_GreyTo96(), model.body)
+    return model
+
+
+@cache
+def complete_torchvision() -> None:
+    """Makes torchvision importable where its compiled operators do not fit this torch.
+
+    Its wheels are built against CUDA and do not load beside a CPU build of torch. The import then
+    registers shapes for two operators that must be declared. Only detection models call them.
+    """
+    spec = find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return
+    try:
+        for library in Path(spec.origin).parent.glob("_C*"):
+            torch.ops.load_library(library)
+    except OSError:
+        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        for operator in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{operator}", schema)

@@ -1,0 +1,194 @@
+"""Training with each loss: what the study and the paper's experiment share.
+
+`METHODS` says which losses are trained, `train_steps` is the training loop, and `evaluate` gives
+the figures of a model.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from pytorch_metric_learning.losses import CosFaceLoss
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from benchmarks.losses import BatchHardTripletLoss, CenterLoss, IslandLoss
+from separate_loss import SeparateLoss, metrics
+
+PAPER_WEIGHT = 0.9
+# Of the other forms: what the tuning parts of all data chose.
+WEIGHT = 1.0
+# Candidates of a tuned weight, or of a margin.
+WEIGHTS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+PAPER_WEIGHTS = (0.1, 0.3, PAPER_WEIGHT, 3.0, 10.0, 30.0, 100.0)
+MARGINS = (0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65)
+STARTS = (0.3, 1.0, 3.0)
+
+Objective = Callable[[Tensor, Tensor, Tensor], Tensor]  # of features, logits, labels
+# From the training samples of each class (C,), the feature size and the weight.
+Build = Callable[[Tensor, int, float], nn.Module]
+
+
+class Method(NamedTuple):
+    """A loss that is trained.
+
+    `start` are the weights that tuning begins with, `candidates` those that may follow.
+    Parameters of the criterion are moved by plain SGD at `center_rate`.
+    """
+
+    title: str
+    build: Build
+    start: tuple[float, ...] = ()
+    candidates: tuple[float, ...] = WEIGHTS
+    center_rate: float = 0.5
+    is_head: bool = False  # replaces the linear layer and softmax loss
+
+    def objective(self, criterion: nn.Module, weight: float) -> Objective:
+        """The loss of a batch: the head's, or softmax loss and the weighted criterion."""
+
+        def loss(features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+            if isinstance(criterion, nn.Identity):  # softmax loss alone
+                return F.cross_entropy(logits, labels)
+            value: Tensor = criterion(features, labels)
+            return value if self.is_head else F.cross_entropy(logits, labels) + weight * value
+
+        return loss
+
+
+class CosineHead(nn.Module):
+    """The scaled cosines of a margin loss, as logits."""
+
+    def __init__(self, criterion: Any) -> None:
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, features: Tensor) -> Any:
+        return self.criterion.get_logits(features)
+
+
+class NormPenalty(nn.Module):
+    """Half the mean squared norm of the features: what center loss does to their size."""
+
+    def forward(self, features: Tensor, _: Tensor) -> Tensor:
+        return features.square().sum(-1).mean() / 2
+
+
+def _separate(counts: Tensor, dim: int, _: float, **options: Any) -> nn.Module:
+    if options.pop("balanced", False):  # all classes count the same in L_intra
+        options["weight"] = counts.sum() / (len(counts) * counts.clamp(min=1))
+    return SeparateLoss(len(counts), dim, **options)
+
+
+# In full, whatever the defaults are.
+_PAPER = partial(_separate, scale_free=False, separation="mean")
+_FREE = partial(_separate, scale_free=True, separation="mean")
+_SQUARE = partial(_separate, scale_free=True, separation="square")
+_BALANCED = partial(_SQUARE, balanced=True)
+_GRADIENT = partial(_SQUARE, center_update="gradient")
+
+
+def _of_classes(build: Callable[[int, int], nn.Module]) -> Build:
+    return lambda counts, dim, _: build(len(counts), dim)
+
+
+def _cosface(counts: Tensor, dim: int, margin: float) -> Any:
+    return CosFaceLoss(len(counts), dim, margin=margin, scale=16)
+
+
+METHODS = {
+    "softmax": Method("softmax loss", lambda *_: nn.Identity()),
+    "center": Method("+ center loss", _of_classes(CenterLoss), (0.03, 0.1, 0.3)),
+    "island": Method("+ island loss", _of_classes(IslandLoss), (0.003, 0.01, 0.03)),
+    "triplet": Method("+ batch-hard triplet", lambda *_: BatchHardTripletLoss(), (0.03, 0.1, 0.3)),
+    "cosface": Method("CosFace", _cosface, (0.1, 0.2, 0.35), MARGINS, is_head=True),
+    "paper": Method("+ separate, paper's form", _PAPER, PAPER_WEIGHTS[2:5], PAPER_WEIGHTS),
+    "free": Method("+ separate, `scale_free`", _FREE, STARTS),
+    "square": Method('+ separate, `scale_free`, `"square"`', _SQUARE, STARTS),
+    "balanced": Method("the same, class weights", _BALANCED, STARTS),
+    "norm": Method("+ half the squared norm", lambda *_: NormPenalty(), (0.01, 0.03, 0.1)),
+    "gradient": Method("the same, centers by SGD at 3", _GRADIENT, STARTS, center_rate=3.0),
+}
+
+
+def train_steps(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    objective: Objective,
+    optimizers: Sequence[Optimizer],
+    backward: Callable[[Tensor], object] = Tensor.backward,
+) -> Iterator[Tensor]:
+    """Trains on each batch and yields its loss."""
+    model.train()
+    for inputs, labels in batches:
+        features, logits = model(inputs)
+        loss = objective(features, logits, labels)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+        yield loss.detach()
+
+
+def learned_centers(criterion: nn.Module) -> Tensor | None:
+    """The centers (C, d) of a loss that has some."""
+    centers = getattr(criterion, "centers", None)
+    return centers.detach() if isinstance(centers, Tensor) else None
+
+
+# In the order in which the study stores them.
+FIGURES = (
+    "accuracy",  # %
+    "recall",  # mean over classes, %
+    "calibration",  # expected calibration error, %
+    "intra",  # mean cosine of features to their class means
+    "inter",  # mean cosine between class means
+    "closest",  # largest cosine between class means
+    "norm",  # mean, of the features
+    "agreement",  # mean cosine of learned centers to class means
+    "agreement_lowest",  # of any class
+    "nearest",  # accuracy of the nearest learned center, %
+    "train_accuracy",  # %
+)
+Figures = Mapping[str, float | None]
+
+
+def evaluate(
+    features: Tensor, logits: Tensor, labels: Tensor, centers: Tensor | None
+) -> dict[str, float | None]:
+    """All of `FIGURES` but the last, to four digits; None where there is no learned center."""
+    means = metrics.class_centers(features, labels, logits.shape[1])
+    cosines = F.normalize(means, dim=-1)
+    between = (cosines @ cosines.mT).fill_diagonal_(-1)
+    correct = logits.argmax(-1) == labels
+    recalls = [correct[labels == label].double().mean() for label in labels.unique()]
+    found: dict[str, Tensor | None] = dict.fromkeys(FIGURES[:-1])
+    found |= {
+        "accuracy": 100 * correct.double().mean(),
+        "recall": 100 * torch.stack(recalls).mean(),
+        "calibration": 100 * calibration_error(logits, correct),
+        "intra": metrics.intra_class_similarity(features, labels, means),
+        "inter": metrics.inter_class_similarity(means),
+        "closest": between.nan_to_num(-1).max(),  # NaN: classes without samples
+        "norm": features.norm(dim=-1).mean(),
+    }
+    if centers is not None:
+        agreements = metrics.center_agreement(centers, means, reduction="none")
+        known = agreements[~agreements.isnan()]
+        found["agreement"], found["agreement_lowest"] = known.mean(), known.min()
+        nearest: Any = metrics.nearest_center(features, centers)
+        found["nearest"] = 100 * (nearest == labels).double().mean()
+    return {
+        name: None if value is None or not value.isfinite() else float(f"{float(value):.4g}")
+        for name, value in found.items()
+    }
+
+
+def calibration_error(logits: Tensor, correct: Tensor, bins: int = 15) -> Tensor:
+    """The expected calibration error: confidence minus accuracy, over bins of confidence."""
+    confidence = logits.double().softmax(-1).amax(-1)
+    index = (confidence * bins).long().clamp(max=bins - 1)
+    sums = confidence.new_zeros(bins).index_add_(0, index, confidence - correct.double())
+    return sums.abs().sum() / len(logits)
