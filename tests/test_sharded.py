@@ -276,7 +276,7 @@ def test_a_model_trains_as_with_one_process(results: Any, size: int) -> None:
 
 
 def collectives(samples: int, size: int) -> list[tuple[str, int]]:
-    """Operators and bytes of a step, as docs/scaling.md counts them."""
+    """Operators and bytes of a step, as docs/benchmarks/sharded.md counts them."""
     return [
         ("alltoall_base_", 8 * 2 * size),  # how many classes go where, and the float type
         ("alltoall_base_", 8 * samples),  # classes
