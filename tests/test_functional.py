@@ -1,4 +1,4 @@
-"""Every function against the oracle, and the gradients against Eq. 5 to 7."""
+"""The functions and their gradients against the reference: Eq. 1 to 8."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from separate_loss._checks import Reduction, Separation
 from tests.helpers import reference
 from tests.helpers.properties import REDUCTIONS, Problem, assert_equal, problems, property_test
 
-# Norms that each type can hold together with their gradients.
+# Types, and exponents of norms that each type can hold together with their gradients.
 DTYPES = [
     pytest.param(torch.float64, 60, id="float64"),
     pytest.param(torch.float32, 17, id="float32"),
@@ -26,7 +26,7 @@ def drawn(data: st.DataObject, dtype: torch.dtype, max_exponent: int, **options:
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """Half types are computed in float32, from values that were rounded before."""
+    """Half precision is computed in float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -153,21 +153,21 @@ def test_update_centers_is_eq_6_to_8(
     step = np.divide(alpha, size, out=np.zeros_like(size), where=size > 0)
     scale = np.where(size > 0, np.maximum(size, step), 1.0)[:, None]
     actual = result.double() / torch.from_numpy(scale)
-    # Infinity where a type cannot hold the step of a tiny center.
-    held = np.abs(expected) < torch.finfo(dtype).max
-    assert_equal(actual[torch.from_numpy(held)], (expected / scale)[held], dtype)
+    # The step of a tiny center may overflow.
+    finite = np.abs(expected) < torch.finfo(dtype).max
+    assert_equal(actual[torch.from_numpy(finite)], (expected / scale)[finite], dtype)
 
 
 def assert_equal_times_norms(
     gradient: torch.Tensor, expected: reference.Array, vectors: reference.Array, dtype: torch.dtype
 ) -> None:
-    """Gradients are of the size 1 / norm: multiplied by it, all rows are of order 1."""
+    """Compares gradients times norms, which are of order 1."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     assert_equal(gradient.double() * torch.from_numpy(norms), expected * norms, dtype)
 
 
 def test_update_is_not_a_gradient_step() -> None:
-    """Eq. 7 is half of a gradient and Eq. 6 one divided by 1 + n_j: both differ from Eq. 4's."""
+    """Eq. 7 is half of a gradient, and Eq. 6 is a gradient divided by 1 + n_j."""
     torch.manual_seed(0)
     features = torch.randn(6, 5, dtype=torch.float64)
     target = torch.tensor([0, 0, 0, 1, 1, 2])
@@ -182,7 +182,7 @@ def test_update_is_not_a_gradient_step() -> None:
     assert not torch.allclose(step, of_intra + of_inter, rtol=0.1)
 
 
-def test_reductions_of_a_batch_that_counts_for_nothing() -> None:
+def test_empty_and_ignored_batches_leave_the_inter_class_loss() -> None:
     centers = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     inter = F.inter_class_loss(centers)
     empty = torch.zeros(0, 2), torch.zeros(0, dtype=torch.long)
@@ -196,8 +196,8 @@ def test_reductions_of_a_batch_that_counts_for_nothing() -> None:
 
 
 @pytest.mark.parametrize("separation", ["mean", "square"])
-def test_double_precision_holds_where_values_cannot_be_read(separation: Separation) -> None:
-    """As on a GPU, where a count of classes was divided in float32 once."""
+def test_vmap_computes_in_double_precision(separation: Separation) -> None:
+    """Under vmap, as on a GPU, the code cannot read values; counts must stay in float64."""
     torch.manual_seed(0)
     features, centers = torch.randn(3, 4, 5).double(), torch.randn(3, 7, 5).double()
     target = torch.randint(7, (3, 4))

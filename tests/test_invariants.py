@@ -1,4 +1,4 @@
-"""What holds for the loss whatever the batch and the centers."""
+"""Properties of the loss for all batches and centers."""
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ def replace(problem: Problem, **changes: Tensor) -> Problem:
 
 
 @property_test(problem=problems(), dtype=st.sampled_from([torch.float64, torch.float32]))
-def test_both_terms_keep_to_their_bounds(problem: Problem, dtype: torch.dtype) -> None:
+def test_both_terms_are_within_their_bounds(problem: Problem, dtype: torch.dtype) -> None:
     problem = problem.to(dtype)
     intra = F.intra_class_loss(
         problem.features, problem.target, problem.centers, ignore_index=problem.ignore_index
@@ -50,7 +50,7 @@ def test_both_terms_keep_to_their_bounds(problem: Problem, dtype: torch.dtype) -
 
 
 @property_test(num_classes=st.integers(2, 40), seed=seeds)
-def test_inter_class_loss_is_least_where_unit_centers_sum_to_zero(
+def test_inter_class_loss_is_minimal_if_unit_centers_sum_to_zero(
     num_classes: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -59,13 +59,13 @@ def test_inter_class_loss_is_least_where_unit_centers_sum_to_zero(
     least = torch.tensor((num_classes - 2) / (2 * (num_classes - 1)), dtype=torch.float64)
     assert_same(F.inter_class_loss(simplex @ rotation), least)
     if num_classes % 2 == 0:
-        # Not the simplex alone: opposite pairs sum to zero as well.
+        # Opposite pairs sum to zero as well.
         halves = torch.randn(num_classes // 2, 3, dtype=torch.float64)
         assert_same(F.inter_class_loss(torch.cat([halves, -halves])), least)
 
 
 @property_test(num_classes=st.integers(2, 40), seed=seeds)
-def test_inter_class_loss_is_1_where_all_centers_agree(num_classes: int, seed: int) -> None:
+def test_inter_class_loss_is_1_for_centers_of_one_direction(num_classes: int, seed: int) -> None:
     torch.manual_seed(seed)
     centers = torch.randn(1, 8, dtype=torch.float64) * torch.rand(num_classes, 1).double().add(0.1)
     assert_same(F.inter_class_loss(centers), torch.ones((), dtype=torch.float64))
@@ -111,7 +111,9 @@ def test_the_order_of_samples_changes_nothing(problem: Problem, seed: int) -> No
 
 
 @property_test(problem=problems(max_exponent=3), reduction=REDUCTIONS, seed=seeds)
-def test_the_names_of_classes_change_nothing(problem: Problem, reduction: str, seed: int) -> None:
+def test_a_permutation_of_classes_changes_nothing(
+    problem: Problem, reduction: str, seed: int
+) -> None:
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(problem.centers)))
     inverse = order.argsort()
     changes = {"centers": problem.centers[order]}
@@ -147,7 +149,7 @@ def test_gradients_are_orthogonal_to_their_vectors(problem: Problem) -> None:
 
 
 @property_test(problem=problems())
-def test_reductions_agree(problem: Problem) -> None:
+def test_none_mean_and_sum_agree(problem: Problem) -> None:
     each, mean, total = (loss_of(problem, reduction) for reduction in ("none", "mean", "sum"))
     assert_same(each.sum(), total)
     _, probabilities, _ = problem.arrays
@@ -198,7 +200,7 @@ def test_a_small_step_down_the_gradient_lowers_the_loss(problem: Problem) -> Non
     assert centers.grad is not None
     squared = features.grad.square().sum() + centers.grad.square().sum()
     assume(squared > 1e-8)
-    # Small beside every norm, so that the slope holds over the whole step.
+    # Small relative to all norms, so that the loss is nearly linear over the step.
     norms = torch.cat([features, centers]).detach().norm(dim=-1)
     gradients = torch.cat([features.grad, centers.grad]).norm(dim=-1)
     step = 1e-3 * (norms / gradients)[(norms > 0) & (gradients > 0)].min()
@@ -214,8 +216,8 @@ def test_a_small_step_down_the_gradient_lowers_the_loss(problem: Problem) -> Non
 
 
 @property_test(problem=problems(max_exponent=1, weighted=False))
-def test_the_update_brings_centers_closer_to_their_samples(problem: Problem) -> None:
-    """With Eq. 7 taken out by centers that sum to zero, Eq. 6 can only lower L_intra."""
+def test_the_update_moves_centers_towards_their_samples(problem: Problem) -> None:
+    """Eq. 7 vanishes for centers that sum to zero, and Eq. 6 lowers L_intra."""
     centers = torch.cat([problem.centers, -problem.centers])
     centers = centers / centers.norm(dim=-1, keepdim=True).clamp(min=1e-300)
     target = problem.target
@@ -231,8 +233,8 @@ def test_the_update_brings_centers_closer_to_their_samples(problem: Problem) -> 
 
 
 @property_test(problem=problems(max_exponent=3), extra=st.integers(1, 5), seed=seeds)
-def test_ignored_samples_count_for_nothing(problem: Problem, extra: int, seed: int) -> None:
-    """Whatever they hold, NaN as well."""
+def test_ignored_samples_change_nothing(problem: Problem, extra: int, seed: int) -> None:
+    """Even if they hold NaN."""
     assume(not problem.target.is_floating_point())
     torch.manual_seed(seed)
     noise = torch.randn(extra, problem.features.shape[1], dtype=torch.float64)

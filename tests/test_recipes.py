@@ -1,4 +1,4 @@
-"""The recipes in docs/recipes, run as they stand."""
+"""The programs in docs/recipes run unchanged."""
 
 import json
 import math
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 RECIPES = Path(__file__).parent.parent / "docs" / "recipes"
-# With libraries that warn, log and set global state, each in a process of its own.
+# These use libraries that set global state, so that each runs in a process of its own.
 OTHER_LIBRARIES = {
     "lightning_module.py", "metric_learning.py", "neck.py", "timm_model.py",
     "transformers_trainer.py",
@@ -22,7 +22,7 @@ PROGRAMS = sorted({path.name for path in RECIPES.glob("*.py")} - {"data.py"} - O
 
 
 @pytest.fixture(autouse=True)
-def beside_their_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def recipes_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(RECIPES)
     torch._dynamo.reset()
 
@@ -41,13 +41,13 @@ def test_training_lowers_the_loss(program: str) -> None:
     assert sum(finite[-5:]) / 5 < 0.9
 
 
-def test_mixed_precision_leaves_out_the_overflow_alone() -> None:
+def test_mixed_precision_skips_only_the_overflow() -> None:
     end = run("mixed_precision.py")
     assert [step for step, loss in enumerate(end["losses"]) if not math.isfinite(loss)] == [50]
     assert end["centers_finite"]
 
 
-def test_plain_loop_reaches_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_loop_separates_the_classes(capsys: pytest.CaptureFixture[str]) -> None:
     end = run("plain_loop.py")
     assert end["accuracy"] > 0.95
     assert end["agreement"] > 0.9
@@ -55,8 +55,8 @@ def test_plain_loop_reaches_what_it_prints(capsys: pytest.CaptureFixture[str]) -
     assert "center agreement" in capsys.readouterr().out
 
 
-def run_apart(program: str, folder: Path, *names: str) -> dict[str, Any]:
-    """The program's variables of these names at its end; it must leave no file behind."""
+def run_in_process(program: str, folder: Path, *names: str) -> dict[str, Any]:
+    """Runs a program, which must write no file, and returns variables by name."""
     paths = os.pathsep.join(map(str, (RECIPES.parent.parent, RECIPES)))
     ended = subprocess.run(
         [sys.executable, "-m", "tests.helpers.run_recipe", RECIPES / program, *names],
@@ -79,24 +79,24 @@ def check_learning(losses: list[float]) -> None:
 
 
 @pytest.mark.parametrize("program", ["timm_model.py", "neck.py"])
-def test_timm_models_learn(program: str, tmp_path: Path) -> None:
-    check_learning(run_apart(program, tmp_path, "losses")["losses"])
+def test_timm_models_train(program: str, tmp_path: Path) -> None:
+    check_learning(run_in_process(program, tmp_path, "losses")["losses"])
 
 
 @pytest.mark.parametrize("program", ["lightning_module.py", "transformers_trainer.py"])
-def test_trainers_resume_with_the_centers_and_evaluate_without_moving_them(
+def test_trainers_save_the_centers_and_evaluate_without_an_update(
     program: str, tmp_path: Path
 ) -> None:
     names = "losses", "unseen_loss", "resumed_alike", "evaluation_moves"
-    end = run_apart(program, tmp_path, *names)
+    end = run_in_process(program, tmp_path, *names)
     check_learning(end["losses"])
     assert end["unseen_loss"] < 0.9
     assert end["resumed_alike"]
     assert not end["evaluation_moves"]
 
 
-def test_centers_classify_beside_a_triplet_loss(tmp_path: Path) -> None:
-    end = run_apart("metric_learning.py", tmp_path, "losses", "mined", "accuracy")
+def test_centers_classify_with_a_triplet_loss(tmp_path: Path) -> None:
+    end = run_in_process("metric_learning.py", tmp_path, "losses", "mined", "accuracy")
     assert end["accuracy"] > 0.95
     assert end["mined"][-1] < end["mined"][0]
     assert sum(end["losses"][-5:]) / 5 < end["losses"][0] / 2

@@ -14,6 +14,7 @@ from separate_loss import SoftmaxSeparateLoss, separate_loss
 from tests.helpers.heads import (
     CENTERS,
     FEATURE_DIM,
+    INPUT_DIM,
     MODES,
     NUM_CLASSES,
     TARGET,
@@ -196,7 +197,7 @@ def test_threads_that_train_and_evaluate_do_not_mix() -> None:
     def run(training: bool, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(100):
-            inputs = torch.randn(6, model[0].in_features, generator=generator)
+            inputs = torch.randn(6, INPUT_DIM, generator=generator)
             target = torch.randint(NUM_CLASSES, (6,), generator=generator)
             with torch.set_grad_enabled(training):
                 try:

@@ -47,7 +47,7 @@ def test_vmap_over_the_backward_pass() -> None:
         )
 
 
-def test_gradients_of_the_features_are_those_centers_grad_before_they_move() -> None:
+def test_gradients_use_the_centers_before_the_update() -> None:
     criterion = SeparateLoss(4, 3, center_init="sphere", dtype=torch.float64)
     problem = random_problem(5, 3, 4, torch.float64)
     features, _ = problem.requiring_grad()

@@ -53,7 +53,8 @@ def run_step(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "BACKEND", backend_name)
         features, centers = problem.requiring_grad()
-        target, ignoring = problem.target, {"ignore_index": problem.ignore_index}
+        target = problem.target
+        ignoring: Any = {"ignore_index": problem.ignore_index}
         loss = separate_loss(features, target, centers, scale_free=scale_free, **ignoring)
         assert uses_kernels(loss) == (backend_name == "triton")
         gradients = torch.autograd.grad(loss, (features, centers))
@@ -72,7 +73,8 @@ def run_step(
             new_centers = update_centers(
                 features.detach(), target, centers.detach(), center_lr=center_lr, **ignoring
             )
-        return Outcome(loss, *criterion.last_terms, *gradients, new_centers)
+        intra, inter = criterion.last_terms
+        return Outcome(loss, intra, inter, gradients[0], gradients[1], new_centers)
 
 
 def assert_backends_agree(problem: Problem, dtype: torch.dtype, **options: Any) -> Outcome:
