@@ -6,6 +6,8 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,19 @@ import pytest
 import torch
 
 RECIPES = Path(__file__).parent.parent / "docs" / "recipes"
-# These use libraries that set global state, so that each runs in a process of its own.
+# Programs that run in a process of their own, since their libraries set global state, and the
+# variables that the tests read.
+TRAINER_NAMES = ["losses", "unseen_loss", "resumed_alike", "evaluation_moves"]
 OTHER_LIBRARIES = {
-    "lightning_module.py", "metric_learning.py", "neck.py", "timm_model.py",
-    "transformers_trainer.py",
-}  # fmt: skip
-PROGRAMS = sorted({path.name for path in RECIPES.glob("*.py")} - {"data.py"} - OTHER_LIBRARIES)
+    "transformers_trainer.py": TRAINER_NAMES,
+    "lightning_module.py": TRAINER_NAMES,
+    "timm_model.py": ["losses"],
+    "neck.py": ["losses"],
+    "metric_learning.py": ["losses", "mined", "accuracy"],
+}
+PROGRAMS = sorted(
+    {path.name for path in RECIPES.glob("*.py")} - {"data.py"} - OTHER_LIBRARIES.keys()
+)
 
 
 @pytest.fixture(autouse=True)
@@ -55,13 +64,26 @@ def test_plain_loop_separates_the_classes(capsys: pytest.CaptureFixture[str]) ->
     assert "center agreement" in capsys.readouterr().out
 
 
-def run_in_process(program: str, folder: Path, *names: str) -> dict[str, Any]:
+Results = dict[str, "Future[dict[str, Any]]"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
+    """Variables of the programs in `OTHER_LIBRARIES`, which run two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            program: pool.submit(run_in_process, program, tmp_path_factory.mktemp("recipe"), names)
+            for program, names in OTHER_LIBRARIES.items()
+        }
+
+
+def run_in_process(program: str, folder: Path, names: list[str]) -> dict[str, Any]:
     """Runs a program, which must write no file, and returns variables by name."""
     paths = os.pathsep.join(map(str, (RECIPES.parent.parent, RECIPES)))
     ended = subprocess.run(
         [sys.executable, "-m", "tests.helpers.run_recipe", RECIPES / program, *names],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -79,24 +101,23 @@ def check_learning(losses: list[float]) -> None:
 
 
 @pytest.mark.parametrize("program", ["timm_model.py", "neck.py"])
-def test_timm_models_train(program: str, tmp_path: Path) -> None:
-    check_learning(run_in_process(program, tmp_path, "losses")["losses"])
+def test_timm_models_train(program: str, results: Results) -> None:
+    check_learning(results[program].result()["losses"])
 
 
 @pytest.mark.parametrize("program", ["lightning_module.py", "transformers_trainer.py"])
 def test_trainers_save_the_centers_and_evaluate_without_an_update(
-    program: str, tmp_path: Path
+    program: str, results: Results
 ) -> None:
-    names = "losses", "unseen_loss", "resumed_alike", "evaluation_moves"
-    end = run_in_process(program, tmp_path, *names)
+    end = results[program].result()
     check_learning(end["losses"])
     assert end["unseen_loss"] < 0.9
     assert end["resumed_alike"]
     assert not end["evaluation_moves"]
 
 
-def test_centers_classify_with_a_triplet_loss(tmp_path: Path) -> None:
-    end = run_in_process("metric_learning.py", tmp_path, "losses", "mined", "accuracy")
+def test_centers_classify_with_a_triplet_loss(results: Results) -> None:
+    end = results["metric_learning.py"].result()
     assert end["accuracy"] > 0.95
     assert end["mined"][-1] < end["mined"][0]
     assert sum(end["losses"][-5:]) / 5 < end["losses"][0] / 2
