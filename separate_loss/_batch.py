@@ -49,10 +49,6 @@ class Batch(NamedTuple):
     centers: Tensor  # (C, d)
     class_weight: Tensor | None  # (C,)
 
-    @property
-    def has_probabilities(self) -> bool:
-        return self.target.is_floating_point()
-
 
 def check_arguments(
     features: Tensor,

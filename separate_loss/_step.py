@@ -59,7 +59,7 @@ def run_step(
     # Many samples of few classes: all unit centers are less work than a row for each sample. The
     # compiler fuses that work. The sum of unit centers must be the same in all processes.
     few_classes = not torch.compiler.is_compiling() and len(centers) <= len(batch.features)
-    by_class = batch.has_probabilities or group is not None or few_classes
+    by_class = batch.target.is_floating_point() or group is not None or few_classes
     if by_class:
         unit_centers, norms = normalize(batch.centers)
         target_centers, center_sum = expected_centers(batch, unit_centers), unit_centers.sum(0)
@@ -93,7 +93,7 @@ def intra_class(batch: Batch, target_centers: Tensor) -> IntraClass:
     unit_features, _ = normalize(batch.features)
     cosines = (unit_features * target_centers).sum(-1)
     weight: Tensor | float = 1.0 if batch.sample_weight is None else batch.sample_weight
-    if not batch.has_probabilities:
+    if not batch.target.is_floating_point():
         cosines = cosines * weight
     cosines = clamp_value(cosines, -weight, weight)
     return IntraClass((weight - cosines) / 2, unit_features, cosines)
@@ -104,7 +104,7 @@ def expected_centers(batch: Batch, unit_centers: Tensor) -> Tensor:
 
     Under class probabilities, the sum of all unit centers times probabilities and class weights.
     """
-    if not batch.has_probabilities:
+    if not batch.target.is_floating_point():
         return unit_centers.index_select(0, batch.target)
     if batch.class_weight is not None:
         unit_centers = unit_centers * batch.class_weight.unsqueeze(-1)

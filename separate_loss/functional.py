@@ -109,7 +109,7 @@ def intra_class_loss(
     options = Options(weight, ignore_index, reduction, scale_free)
     check_arguments(features, target, centers, options)
     batch = prepare_batch(features, target, centers, options)
-    if batch.has_probabilities:
+    if batch.target.is_floating_point():
         target_centers = expected_centers(batch, normalize(batch.centers)[0])
     else:  # without the other centers
         target_centers, _ = normalize(batch.centers.index_select(0, batch.target))
