@@ -6,7 +6,8 @@ INSTALLED := $(VENV)/installed
 
 # What needs torch and the test tools alone.
 CORE := checks compile distributed functional gradients invariants layouts memory metrics modules \
-	package pairing public_api robustness scale_free sharded softmax square torch types
+	ops package public_api robustness scale_free sharded softmax softmax_compile softmax_copies \
+	softmax_logits softmax_passes softmax_updates square torch types update
 
 .PHONY: demo test test-cuda test-torch fuzz lint docs package clean
 

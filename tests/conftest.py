@@ -1,13 +1,14 @@
-"""Hypothesis profiles: `ci` draws the same cases each time, `fuzz` draws many new ones."""
+"""Hypothesis profiles: `ci` draws the same cases in each run, `fuzz` draws many new ones."""
 
 import os
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from tests.helpers import properties
 
-# Before anything imports Triton: its kernels then run on the CPU.
+# Set before Triton is imported: its kernels then run on the CPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("ci", max_examples=60, derandomize=True, deadline=None, print_blob=True)
@@ -21,5 +22,15 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.fixture
+def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the Triton kernels, in the interpreter, for each step that they support."""
+    from separate_loss._triton import backend, step  # noqa: PLC0415 - needs Triton
+
+    assert step.INTERPRETED
+    torch.manual_seed(0)
+    monkeypatch.setattr(backend, "BACKEND", "triton")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    terminalreporter.write_line(f"{properties.cases_drawn} cases drawn by Hypothesis")
+    terminalreporter.write_line(f"{properties.num_cases} cases drawn by Hypothesis")

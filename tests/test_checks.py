@@ -1,4 +1,4 @@
-"""Bad input gets a clear error that names the argument, and changes nothing."""
+"""Invalid arguments raise an error that names the argument, and change nothing."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ TARGET = torch.tensor([0, 1, 2])
 CENTERS = torch.randn(NUM_CLASSES, FEATURE_DIM)
 META = torch.device("meta")
 
-# What is wrong with the batch: argument, value, error, and words of its message.
+# Argument, invalid value, error, and a pattern of its message.
 BAD_BATCHES: list[tuple[str, Any, type[Exception], str]] = [
     ("features", [1.0], TypeError, "features must be a tensor, got list"),
     ("features", FEATURES.long(), TypeError, "features must be floating point, got torch.int64"),
@@ -110,14 +110,18 @@ def parameters(cases: list[tuple[str, Any, type[Exception], str]]) -> pytest.Mar
 
 @pytest.mark.parametrize("function", [separate_loss, F.intra_class_loss])
 @parameters(BAD_BATCHES + BAD_CENTERS + BAD_OPTIONS)
-def test_losses(function: Any, name: str, value: Any, error: type[Exception], message: str) -> None:
+def test_losses_refuse_invalid_arguments(
+    function: Any, name: str, value: Any, error: type[Exception], message: str
+) -> None:
     arguments = {"features": FEATURES, "target": TARGET, "centers": CENTERS} | {name: value}
     with pytest.raises(error, match=message):
         function(**arguments)
 
 
 @parameters(BAD_BATCHES + BAD_CENTERS + BAD_OPTIONS[6:8] + BAD_RATES)
-def test_update_centers(name: str, value: Any, error: type[Exception], message: str) -> None:
+def test_update_centers_refuses_invalid_arguments(
+    name: str, value: Any, error: type[Exception], message: str
+) -> None:
     arguments: dict[str, Any] = {"features": FEATURES, "target": TARGET, "centers": CENTERS}
     arguments |= {"center_lr": 1.0} | {name: value}
     before = CENTERS.clone()
@@ -127,7 +131,9 @@ def test_update_centers(name: str, value: Any, error: type[Exception], message: 
 
 
 @parameters(BAD_CENTERS[:-1])
-def test_inter_class_loss(name: str, value: Any, error: type[Exception], message: str) -> None:
+def test_inter_class_loss_refuses_invalid_centers(
+    name: str, value: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         F.inter_class_loss(**{name: value})
 
@@ -148,14 +154,16 @@ def test_inter_class_loss(name: str, value: Any, error: type[Exception], message
         (CENTERS, CENTERS.to(META), ValueError, "b must be on cpu, as a is, got meta"),
     ],
 )
-def test_similarity(a: Any, b: Any, error: type[Exception], message: str) -> None:
+def test_similarity_refuses_invalid_vectors(
+    a: Any, b: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         F.similarity(a, b)
 
 
 @pytest.mark.parametrize("center_init", ["features", "sphere"])
 @parameters([case for case in BAD_BATCHES if case[1] is not FEATURES])
-def test_module_call(
+def test_the_module_refuses_invalid_batches(
     center_init: Any, name: str, value: Any, error: type[Exception], message: str
 ) -> None:
     criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_init=center_init)
@@ -183,19 +191,21 @@ def test_module_call(
         *BAD_RATES,
     ]
 )
-def test_module_options(name: str, value: Any, error: type[Exception], message: str) -> None:
+def test_the_module_refuses_invalid_options(
+    name: str, value: Any, error: type[Exception], message: str
+) -> None:
     arguments = {"num_classes": NUM_CLASSES, "feature_dim": FEATURE_DIM} | {name: value}
     with pytest.raises(error, match=message):
         SeparateLoss(**arguments)
 
 
 @pytest.mark.parametrize("center_update", ["gradient", "none"])
-def test_features_start_needs_the_paper_update(center_update: Any) -> None:
+def test_center_init_features_needs_the_paper_update(center_update: Any) -> None:
     with pytest.raises(ValueError, match="center_init='features' needs center_update='paper'"):
         SeparateLoss(5, 4, center_update=center_update, center_init="features")
 
 
-def test_wrong_checkpoint() -> None:
+def test_checkpoints_of_another_size_are_refused() -> None:
     criterion = SeparateLoss(5, 4, center_init="sphere")
     before = criterion.centers.clone()
     with pytest.raises(RuntimeError, match="size mismatch for centers"):
@@ -209,7 +219,9 @@ def test_wrong_checkpoint() -> None:
         ("target", torch.rand(3, 5), TypeError, "target must hold class indices, got .*float"),
     ]
 )
-def test_metrics_of_batches(name: str, value: Any, error: type[Exception], message: str) -> None:
+def test_metrics_refuse_invalid_batches(
+    name: str, value: Any, error: type[Exception], message: str
+) -> None:
     arguments: dict[str, Any] = {"features": FEATURES, "target": TARGET} | {name: value}
     statistics = metrics.ClassStatistics(NUM_CLASSES, FEATURE_DIM)
     with pytest.raises(error, match=message):
@@ -221,7 +233,7 @@ def test_metrics_of_batches(name: str, value: Any, error: type[Exception], messa
             metrics.class_centers(**arguments, num_classes=NUM_CLASSES)
 
 
-def test_metrics_of_centers() -> None:
+def test_metrics_refuse_invalid_centers() -> None:
     with pytest.raises(ValueError, match=r"true_centers must have shape \(5, 4\), got \(4, 4\)"):
         metrics.center_agreement(CENTERS, CENTERS[:4])
     with pytest.raises(ValueError, match="at least 2 classes"):

@@ -1,4 +1,4 @@
-"""torch.compile: no graph break, one compilation over changing batch sizes, the same results."""
+"""torch.compile: one graph for all batch sizes, and the same results as without."""
 
 import copy
 from typing import Any
@@ -37,9 +37,11 @@ def compiled(function: Any, fullgraph: bool = True) -> tuple[Any, CompileCounter
     return torch.compile(function, fullgraph=fullgraph, dynamic=True, backend=counter), counter
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("kind", ["indices", "ignoring", "probabilities"])
-def test_function(kind: str, reduction: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "reduction"),
+    [("indices", "mean"), ("ignoring", "none"), ("probabilities", "mean")],
+)
+def test_the_loss_compiles_to_one_graph(kind: str, reduction: Any) -> None:
     def loss(features: Tensor, target: Tensor, centers: Tensor) -> Tensor:
         return separate_loss(features, target, centers, reduction=reduction).sum()
 
@@ -56,13 +58,20 @@ def test_function(kind: str, reduction: Any) -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("center_update", ["paper", "gradient", "none"])
-@pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_module_in_training(kind: str, center_update: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "center_update"),
+    [
+        ("indices", "paper"),
+        ("probabilities", "paper"),
+        ("indices", "gradient"),
+        ("indices", "none"),
+    ],
+)
+def test_the_module_compiles_to_one_graph(kind: str, center_update: Any) -> None:
     plain = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_update=center_update)
     twin = copy.deepcopy(plain)
-    in_one = COMPILES_UPDATES or center_update != "paper"
-    fast, counter = compiled(twin, fullgraph=in_one)
+    one_graph = COMPILES_UPDATES or center_update != "paper"
+    fast, counter = compiled(twin, fullgraph=one_graph)
     graphs = []
     for size in SIZES:
         features, target = batch(kind, size)
@@ -77,12 +86,12 @@ def test_module_in_training(kind: str, center_update: Any) -> None:
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other)
         graphs.append(counter.frame_count)
-    # The first call may be traced twice, as 2.15 first takes `center_lr` for a variable.
-    assert graphs[0] in ({1, 2} if in_one else {0})
+    # torch 2.15 traces the first call twice, since it first takes `center_lr` for a variable.
+    assert graphs[0] in ({1, 2} if one_graph else {0})
     assert set(graphs) == {graphs[0]}
 
 
-def test_update() -> None:
+def test_update_centers_compiles_to_one_graph() -> None:
     def update(features: Tensor, target: Tensor, centers: Tensor) -> Tensor:
         return F.update_centers(features, target, centers, center_lr=0.5)
 
@@ -93,7 +102,7 @@ def test_update() -> None:
     assert counter.frame_count == 1
 
 
-def test_labels_out_of_range_are_said_clearly() -> None:
+def test_labels_out_of_range_are_refused() -> None:
     fast, _ = compiled(separate_loss)
     features, target = batch("indices", 4)
     target[1] = NUM_CLASSES
@@ -103,12 +112,11 @@ def test_labels_out_of_range_are_said_clearly() -> None:
 
 @pytest.mark.parametrize("shape", [(7, 64), (40, 8), (2, 3)])
 @pytest.mark.parametrize("separation", ["mean", "square"])
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("center_init", ["features", "sphere"])
-def test_centers_move_in_place_by_class_probabilities(
+@pytest.mark.parametrize(("dynamic", "center_init"), [(None, "features"), (True, "sphere")])
+def test_class_probabilities_update_the_centers_in_place(
     shape: tuple[int, int], separation: Any, dynamic: bool | None, center_init: Any
 ) -> None:
-    """The compiler's C++ code generator fell over several of these: KeyError 'buf21'."""
+    """Earlier code raised KeyError in the compiler's C++ code generator for some of these."""
     torch._dynamo.reset()
     plain = SeparateLoss(*shape, separation=separation, center_init=center_init)
     twin = copy.deepcopy(plain)

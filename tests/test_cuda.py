@@ -1,4 +1,4 @@
-"""On a CUDA GPU, with compiled kernels, what the other tests show on a CPU: `make test-cuda`."""
+"""The package on a CUDA GPU, with compiled Triton kernels: `make test-cuda`."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from separate_loss import SeparateLoss, SoftmaxSeparateLoss, metrics, separate_loss
 from separate_loss._triton import backend
 from separate_loss.functional import update_centers
-from tests.helpers.properties import REDUCTIONS, Problem, assert_equal, holds_for, problems
+from tests.helpers.properties import REDUCTIONS, Problem, assert_equal, problems, property_test
 
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "0":
     pytest.skip(
@@ -28,9 +28,9 @@ if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "0":
 
 DEVICE = "cuda"
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
-FORMS = ["torch", "triton"]
+BACKENDS = ["torch", "triton"]
 if not backend.HAS_TRITON:
-    FORMS.remove("triton")
+    BACKENDS.remove("triton")
 CENTER_LR = 0.5
 
 
@@ -44,8 +44,8 @@ def _seeded() -> Iterator[None]:
 
 
 @contextmanager
-def form(choice: str) -> Iterator[None]:
-    before, backend.BACKEND = backend.BACKEND, choice
+def use_backend(name: str) -> Iterator[None]:
+    before, backend.BACKEND = backend.BACKEND, name
     try:
         yield
     finally:
@@ -59,7 +59,7 @@ def on_gpu(problem: Problem) -> Problem:
 
 
 def outcome(problem: Problem, center_lr: float | None, **options: Any) -> list[Tensor]:
-    """Loss, gradients and new centers, brought to order one."""
+    """Loss, gradients and new centers, rescaled to order one."""
     features, centers = problem.requiring_grad()
     ignoring: Any = {"ignore_index": problem.ignore_index}
     loss = separate_loss(
@@ -77,47 +77,49 @@ def outcome(problem: Problem, center_lr: float | None, **options: Any) -> list[T
 
 
 def assert_equals_cpu(
-    problem: Problem, dtype: torch.dtype, choice: str, center_lr: float | None, **options: Any
+    problem: Problem, dtype: torch.dtype, backend_name: str, center_lr: float | None, **options: Any
 ) -> None:
     problem = problem.to(dtype)
     expected = outcome(problem, center_lr, **options)
-    with form(choice):
+    with use_backend(backend_name):
         found = outcome(on_gpu(problem), center_lr, **options)
     for one, other in zip(found, expected, strict=True):
         assert_equal(one, other.numpy(), dtype)
 
 
-@holds_for(
-    problem=problems(reach=3, least_samples=0),
+@property_test(
+    problem=problems(max_exponent=3, min_samples=0),
     dtype=DTYPES,
     reduction=REDUCTIONS,
     scale_free=st.booleans(),
     separation=st.sampled_from(["mean", "square"]),
 )
-def test_operators_equal_those_of_a_cpu(
+def test_pytorch_operators_equal_those_of_a_cpu(
     problem: Problem, dtype: torch.dtype, reduction: str, scale_free: bool, separation: str
 ) -> None:
     options: Any = {"reduction": reduction, "scale_free": scale_free, "separation": separation}
     assert_equals_cpu(problem, dtype, "torch", CENTER_LR, **options)
 
 
-@pytest.mark.skipif("triton" not in FORMS, reason="needs Triton")
-@settings(max_examples=settings().max_examples // 3)  # each size is compiled anew
-@holds_for(
-    problem=problems(kind="indices", weighted=False, least_samples=0, most=(64, 40, 300), reach=3),
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+@settings(max_examples=settings().max_examples // 3)  # each size needs a compilation
+@property_test(
+    problem=problems(
+        kind="indices", weighted=False, min_samples=0, max_sizes=(64, 40, 300), max_exponent=3
+    ),
     dtype=DTYPES,
     scale_free=st.booleans(),
     center_lr=st.sampled_from([None, CENTER_LR]),
 )
-def test_kernels_equal_operators_of_a_cpu(
+def test_triton_kernels_equal_operators_of_a_cpu(
     problem: Problem, dtype: torch.dtype, scale_free: bool, center_lr: float | None
 ) -> None:
     assert_equals_cpu(problem, dtype, "triton", center_lr, scale_free=scale_free)
 
 
-@pytest.mark.parametrize("choice", FORMS)
+@pytest.mark.parametrize("backend_name", BACKENDS)
 @pytest.mark.parametrize("size", [(0, 3, 2), (1, 1, 2), (7, 4_099, 3), (3_000, 100, 5_001)])
-def test_sizes(size: tuple[int, int, int], choice: str) -> None:
+def test_batches_and_features_of_any_size(size: tuple[int, int, int], backend_name: str) -> None:
     num_samples, feature_dim, num_classes = size
     problem = Problem(
         torch.randn(num_samples, feature_dim),
@@ -125,7 +127,7 @@ def test_sizes(size: tuple[int, int, int], choice: str) -> None:
         torch.randn(num_classes, feature_dim),
         None,
     )
-    assert_equals_cpu(problem, torch.float32, choice, CENTER_LR)
+    assert_equals_cpu(problem, torch.float32, backend_name, CENTER_LR)
 
 
 class Trained:
@@ -157,7 +159,7 @@ class Trained:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("choice", FORMS)
+@pytest.mark.parametrize("backend_name", BACKENDS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -169,10 +171,10 @@ class Trained:
     ],
 )
 def test_training_equals_that_on_a_cpu(
-    options: dict[str, Any], choice: str, compiled: bool
+    options: dict[str, Any], backend_name: str, compiled: bool
 ) -> None:
     expected = Trained("cpu", **options).run()
-    with form(choice):
+    with use_backend(backend_name):
         moved = {
             name: value.to(DEVICE) if isinstance(value, Tensor) else value
             for name, value in options.items()
@@ -184,9 +186,9 @@ def test_training_equals_that_on_a_cpu(
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("choice", FORMS)
-def test_a_step_never_waits_for_the_device(choice: str) -> None:
-    with form(choice):
+@pytest.mark.parametrize("backend_name", BACKENDS)
+def test_a_step_never_waits_for_the_device(backend_name: str) -> None:
+    with use_backend(backend_name):
         trained = Trained(DEVICE)
         trained.run()
         torch.cuda.synchronize()
@@ -198,10 +200,10 @@ def test_a_step_never_waits_for_the_device(choice: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("choice", FORMS)
-def test_steps_replayed_as_a_cuda_graph(choice: str) -> None:
-    """Captured after two steps: the first call reads the centers, and optimizers make state."""
-    with form(choice):
+@pytest.mark.parametrize("backend_name", BACKENDS)
+def test_replayed_cuda_graphs_equal_plain_steps(backend_name: str) -> None:
+    """The first steps are not captured: they validate centers and create the optimizer's state."""
+    with use_backend(backend_name):
         plain, trained = Trained(DEVICE), Trained(DEVICE)
         inputs = [one.clone() for one in trained.batches[0]]
         side = torch.cuda.Stream()
@@ -228,10 +230,10 @@ def test_steps_replayed_as_a_cuda_graph(choice: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("choice", FORMS)
+@pytest.mark.parametrize("backend_name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_with_a_scaler(dtype: torch.dtype, choice: str) -> None:
-    with form(choice):
+def test_autocast_with_a_scaler_trains_as_float64(dtype: torch.dtype, backend_name: str) -> None:
+    with use_backend(backend_name):
         trained = Trained(DEVICE, scale_free=True)
         trained.model.float()
         scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == torch.float16)
@@ -248,9 +250,9 @@ def test_autocast_with_a_scaler(dtype: torch.dtype, choice: str) -> None:
     torch.testing.assert_close(torch.stack(losses), expected, rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("choice", FORMS)
-def test_runs_repeat_to_the_bit(choice: str) -> None:
-    """The kernels always; the operators under torch's deterministic algorithms."""
+@pytest.mark.parametrize("backend_name", BACKENDS)
+def test_runs_repeat_to_the_last_bit(backend_name: str) -> None:
+    """The kernels always; PyTorch operators with deterministic algorithms."""
     features, target = torch.randn(500, 64, device=DEVICE), torch.randint(3, (500,), device=DEVICE)
 
     def run() -> list[Tensor]:
@@ -261,15 +263,15 @@ def test_runs_repeat_to_the_bit(choice: str) -> None:
         assert leaf.grad is not None
         return [loss.detach(), leaf.grad, criterion.centers]
 
-    torch.use_deterministic_algorithms(choice == "torch")
+    torch.use_deterministic_algorithms(backend_name == "torch")
     try:
-        with form(choice):
+        with use_backend(backend_name):
             torch.testing.assert_close(run(), run(), rtol=0, atol=0)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def test_devices_that_differ_are_refused() -> None:
+def test_tensors_on_different_devices_are_refused() -> None:
     features, target = torch.randn(4, 3, device=DEVICE), torch.tensor([0, 1, 2, 0], device=DEVICE)
     with pytest.raises(ValueError, match="features must be on cpu, as centers is, got cuda:0"):
         SeparateLoss(3, 3)(features, target)
@@ -290,7 +292,7 @@ def test_state_moves_between_devices() -> None:
     )
 
 
-@holds_for(problem=problems(kind="indices", reach=3))
+@property_test(problem=problems(kind="indices", max_exponent=3))
 def test_metrics_equal_those_of_a_cpu(problem: Problem) -> None:
     def measured(problem: Problem) -> list[Tensor]:
         features, target, centers = problem.features, problem.target, problem.centers
@@ -318,14 +320,14 @@ def run_python(program: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-@pytest.mark.parametrize("choice", FORMS)
+@pytest.mark.parametrize("backend_name", BACKENDS)
 @pytest.mark.parametrize("label", [-1, 3])
-def test_labels_out_of_range_fail_on_the_device(label: int, choice: str) -> None:
-    """In a process of its own: the assertion ends all work on the device."""
+def test_labels_out_of_range_fail_on_the_device(label: int, backend_name: str) -> None:
+    """In a process of its own, since the assertion makes the device unusable."""
     found = run_python(
         "import torch, separate_loss\n"
         "from separate_loss._triton import backend\n"
-        f"backend.BACKEND = {choice!r}\n"
+        f"backend.BACKEND = {backend_name!r}\n"
         "features = torch.randn(4, 5, device='cuda', requires_grad=True)\n"
         f"target = torch.tensor([0, 1, 2, {label}], device='cuda')\n"
         "criterion = separate_loss.SeparateLoss(3, 5, device='cuda')\n"
@@ -336,16 +338,16 @@ def test_labels_out_of_range_fail_on_the_device(label: int, choice: str) -> None
     assert "assert" in found.stderr.lower()
 
 
-@pytest.mark.parametrize("choice", FORMS)
-def test_nccl_groups(choice: str) -> None:
-    """One process: what NCCL does with types, devices and shards."""
+@pytest.mark.parametrize("backend_name", BACKENDS)
+def test_plain_and_sharded_modules_agree_in_an_nccl_group(backend_name: str) -> None:
+    """With one process."""
     with tempfile.TemporaryDirectory() as folder:
         found = run_python(
             "import os, torch, torch.distributed as dist\n"
             "from separate_loss import SeparateLoss\n"
             "from separate_loss._triton import backend\n"
             "from separate_loss.sharded import ShardedSeparateLoss\n"
-            f"backend.BACKEND = {choice!r}\n"
+            f"backend.BACKEND = {backend_name!r}\n"
             "torch.cuda.set_device(0)\n"
             f"dist.init_process_group('nccl', init_method='file://{folder}/store', rank=0,\n"
             "    world_size=1)\n"

@@ -1,7 +1,8 @@
-"""Several processes with a part of the batch each against one process with all of it."""
+"""Several processes with a part of the batch each, against one process with the whole batch."""
 
 import copy
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.helpers.processes import run_in
 from tests.helpers.releases import COMPILES_UPDATES, needs_sharding_on_cpu
 
 NUM_CLASSES, FEATURE_DIM, INPUT_DIM, BATCH = 5, 4, 6, 12
-STEPS = 50
+STEPS = 20
 SIZES = [2, 3]
 
 
@@ -31,8 +32,8 @@ def batches(kind: str, steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:
         inputs = torch.randn(BATCH, INPUT_DIM, generator=generator, dtype=torch.float64)
         target = torch.randint(NUM_CLASSES, (BATCH,), generator=generator)
         if kind == "probabilities":
-            shares = torch.rand(BATCH, NUM_CLASSES, generator=generator, dtype=torch.float64)
-            target = shares.softmax(-1)
+            logits = torch.rand(BATCH, NUM_CLASSES, generator=generator, dtype=torch.float64)
+            target = logits.softmax(-1)
         drawn.append((inputs, target))
     return drawn
 
@@ -44,11 +45,11 @@ def build_model() -> nn.Sequential:
 
 
 def train(rank: int, size: int, options: dict[str, Any]) -> dict[str, Any]:
-    """The joint loss on equal parts of each batch; losses are means over the processes."""
+    """Trains on equal parts of each batch; returns mean losses and the centers."""
     options = dict(options)
     kind, wrap = options.pop("kind", "indices"), options.pop("wrap", "ddp")
     model = build_model()
-    torch.manual_seed(rank)  # Random centers differ until the first step.
+    torch.manual_seed(rank)  # Random centers differ before the first step.
     criterion = SoftmaxSeparateLoss(model[-1], dtype=torch.float64, **options)
     call: Any = model
     criterion_call: Any = criterion
@@ -76,44 +77,43 @@ def train(rank: int, size: int, options: dict[str, Any]) -> dict[str, Any]:
     return {"losses": mean / size, "centers": criterion.separate.centers.detach().clone()}
 
 
-WAYS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "random centers": {"center_init": "sphere", "center_lr": 1.0},
     "centers from features": {},
     "probabilities": {"kind": "probabilities", "center_init": "normal"},
     "label smoothing": {"label_smoothing": 0.1},
     "square": {"separation": "square", "scale_free": True, "center_lr": 3.0},
     "gradient": {"center_update": "gradient"},
-    "gradient, wrapped as well": {"center_update": "gradient", "wrap": "both"},
+    "gradient, loss in DDP": {"center_update": "gradient", "wrap": "both"},
     "fully sharded model": {"wrap": "fsdp"},
     "fully sharded model, gradient": {"wrap": "fsdp", "center_update": "gradient"},
 }
 
 
-def train_in_all_ways(rank: int, size: int) -> dict[str, dict[str, Any]]:
-    ways = WAYS if RELEASE >= (2, 7) else {way: WAYS[way] for way in WAYS if "sharded" not in way}
-    return {way: train(rank, size, options) for way, options in ways.items()}
-
-
-@functools.cache
-def trained(size: int) -> list[dict[str, dict[str, Any]]]:
-    return run_in(size, train_in_all_ways)
+def train_in_all_settings(rank: int, size: int) -> dict[str, dict[str, Any]]:
+    return {
+        name: train(rank, size, options)
+        for name, options in SETTINGS.items()
+        if "sharded" not in name or RELEASE >= (2, 7)
+    }
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
-    "way",
-    [pytest.param(way, marks=[needs_sharding_on_cpu] * ("sharded" in way)) for way in WAYS],
+    "setting",
+    [pytest.param(name, marks=[needs_sharding_on_cpu] * ("sharded" in name)) for name in SETTINGS],
 )
-def test_many_processes_follow_one(size: int, way: str) -> None:
-    alone, parts = trained(1)[0][way], [result[way] for result in trained(size)]
+def test_many_processes_train_as_one(size: int, setting: str) -> None:
+    alone = results(1, train_in_all_settings)[0][setting]
+    parts = [result[setting] for result in results(size, train_in_all_settings)]
     for part in parts:
         torch.testing.assert_close(part["losses"], alone["losses"], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(part["centers"], alone["centers"], rtol=1e-6, atol=1e-6)
         assert torch.equal(part["centers"], parts[0]["centers"])
 
 
-def learn_in_eval(rank: int, _: int) -> tuple[Tensor, str]:
-    """Centers that an optimizer moves while the loss is in evaluation mode, as in a frozen part."""
+def learn_in_evaluation(rank: int, _: int) -> tuple[Tensor, str]:
+    """An optimizer moves the centers while the loss is in evaluation mode."""
     criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_update="gradient").eval()
     optimizer = torch.optim.SGD(criterion.parameters(), lr=1.0)
     torch.manual_seed(rank)
@@ -128,14 +128,14 @@ def learn_in_eval(rank: int, _: int) -> tuple[Tensor, str]:
     return criterion.centers.detach(), str(error.value)
 
 
-def test_learned_centers_stay_equal_in_every_mode() -> None:
-    (one, message), (other, _) = run_in(2, learn_in_eval)
+def test_learned_centers_stay_equal_in_evaluation_mode() -> None:
+    (one, message), (other, _) = results(2, learn_in_evaluation)
     assert torch.equal(one, other)
     assert "no second derivatives" in message
 
 
 def load_and_copy(rank: int, _: int) -> list[Tensor]:
-    """Different checkpoints, and a copy, after the first step."""
+    """Loads a different checkpoint in each process after the first step, and copies the loss."""
     criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM)
     batch = torch.randn(8, FEATURE_DIM, requires_grad=True), torch.arange(8) % NUM_CLASSES
     criterion(*batch)
@@ -149,21 +149,21 @@ def load_and_copy(rank: int, _: int) -> list[Tensor]:
     return results
 
 
-def test_all_are_equal_again_after_loading() -> None:
-    for one, other in zip(*run_in(2, load_and_copy), strict=True):
+def test_centers_are_synchronised_again_after_loading_and_copying() -> None:
+    for one, other in zip(*results(2, load_and_copy), strict=True):
         assert torch.equal(one, other)
 
 
-SHARES = {2: [5, 0], 3: [5, 3, 0]}
+PART_SIZES = {2: [5, 0], 3: [5, 3, 0]}
 
 
-def follow(rank: int, size: int) -> Tensor:
-    """Uneven parts, one of them empty, of features that nothing trains; one broken sample."""
+def train_on_uneven_parts(rank: int, size: int) -> Tensor:
+    """Uneven and empty parts; some steps have a NaN or an ignored sample."""
     criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, dtype=torch.float64)
     generator = torch.Generator().manual_seed(3)
     for step in range(20):
-        shares = SHARES[3] if size != 2 else SHARES[2]
-        count = sum(shares)
+        sizes = PART_SIZES[3 if size == 1 else size]
+        count = sum(sizes)
         features = torch.randn(count, FEATURE_DIM, generator=generator, dtype=torch.float64)
         target = torch.randint(NUM_CLASSES, (count,), generator=generator)
         if step % 5 == 1:
@@ -171,21 +171,22 @@ def follow(rank: int, size: int) -> Tensor:
         if step % 5 == 2:
             target[1] = -100
         if size > 1:
-            features, target = features.split(shares)[rank], target.split(shares)[rank]
+            features, target = features.split(sizes)[rank], target.split(sizes)[rank]
         criterion(features.requires_grad_(), target).sum().backward()
     return criterion.centers
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_uneven_and_empty_parts_neither_hang_nor_drift(size: int) -> None:
-    parts = run_in(size, follow)
+def test_uneven_and_empty_parts_give_the_centers_of_one_process(size: int) -> None:
+    parts = results(size, train_on_uneven_parts)
     assert all(torch.equal(part, parts[0]) for part in parts)
     assert parts[0].isfinite().all()
     if size == 3:
-        torch.testing.assert_close(parts[0], follow(0, 1), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(parts[0], train_on_uneven_parts(0, 1), rtol=1e-10, atol=1e-10)
 
 
-def drift(rank: int, size: int) -> list[Tensor]:
+def step_in_groups(rank: int, size: int) -> list[Tensor]:
+    """Centers after a step with different samples, for each choice of the group."""
     torch.manual_seed(rank)
     centers = []
     alone: Any = [dist.new_group([other]) for other in range(size)][rank]
@@ -202,9 +203,10 @@ def drift(rank: int, size: int) -> list[Tensor]:
     return centers
 
 
-def test_who_shares_can_be_chosen() -> None:
-    for which, one, other in zip(range(4), *run_in(2, drift), strict=True):
-        assert torch.equal(one, other) == (which >= 2)
+def test_centers_are_equal_within_the_process_group_only() -> None:
+    expected = [False, False, True, True]
+    for equal, one, other in zip(expected, *results(2, step_in_groups), strict=True):
+        assert torch.equal(one, other) == equal
 
 
 def compiled_step(rank: int, size: int) -> list[Tensor]:
@@ -212,7 +214,9 @@ def compiled_step(rank: int, size: int) -> list[Tensor]:
     results = []
     for compiling in (False, True):
         criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM)
-        call = torch.compile(criterion, fullgraph=COMPILES_UPDATES) if compiling else criterion
+        call: Any = criterion
+        if compiling:
+            call = torch.compile(criterion, fullgraph=COMPILES_UPDATES, backend="aot_eager")
         for inputs, target in batches("indices", 5):
             part = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
             features = inputs[part, :FEATURE_DIM].float().requires_grad_()
@@ -221,12 +225,12 @@ def compiled_step(rank: int, size: int) -> list[Tensor]:
     return results
 
 
-def test_compiled_steps_share_too() -> None:
-    for eager, compiled in run_in(2, compiled_step):
-        torch.testing.assert_close(eager, compiled)
+def test_compiled_steps_synchronise_the_centers() -> None:
+    for plain, compiled in results(2, compiled_step):
+        torch.testing.assert_close(plain, compiled)
 
 
-def refuse(_: int, size: int) -> str:
+def call_with_dtensor(_: int, size: int) -> str:
     mesh = init_device_mesh("cpu", (size,))
     features = DTensor.from_local(torch.randn(3, FEATURE_DIM), mesh)
     criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM)
@@ -237,13 +241,13 @@ def refuse(_: int, size: int) -> str:
     return str(error.value)
 
 
-def test_dtensors_are_refused_clearly() -> None:
-    for message in run_in(2, refuse):
+def test_dtensors_are_refused() -> None:
+    for message in results(2, call_with_dtensor):
         assert "features must be a plain tensor, got a DTensor; pass its full_tensor()" in message
 
 
-def meet(rank: int, _: int) -> list[str]:
-    """Centers, then features, of unlike types, and centers of unlike sizes."""
+def call_with_mismatches(rank: int, _: int) -> list[str]:
+    """Types of centers, sizes of centers, and types of features that differ between processes."""
     types = [torch.float32, torch.float64]
     messages = []
     for classes, of_centers, of_features in (
@@ -260,15 +264,15 @@ def meet(rank: int, _: int) -> list[str]:
     return messages
 
 
-def test_types_and_sizes_that_differ_are_refused_by_all() -> None:
-    for messages in run_in(2, meet):
+def test_types_and_sizes_that_differ_are_refused_in_all_processes() -> None:
+    for messages in results(2, call_with_mismatches):
         types, sizes, features = messages
         assert "(5, 4) of torch.float32 in the group's process 0 and (5, 4) of torch.f" in types
         assert "process 0 and (6, 4) of torch.float32 in process 1" in sizes
         assert "1 of 2 compute in torch.float64, the others in torch.float32" in features
 
 
-def test_invalid_arguments_are_named() -> None:
+def test_bad_arguments_are_refused() -> None:
     with pytest.raises(TypeError, match=r"process_group must be None or a .* got str"):
         SeparateLoss(3, 4, process_group="all")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="sync_centers must be a bool, got int"):
@@ -282,3 +286,34 @@ def test_a_group_without_synchronisation_is_refused(tmp_path: Path) -> None:
             SeparateLoss(3, 4, process_group=dist.group.WORLD, sync_centers=False)
     finally:
         dist.destroy_process_group()
+
+
+# The functions that run in the processes of a group, which are started once for all of them.
+TASKS: dict[int, list[Callable[[int, int], Any]]] = {
+    1: [train_in_all_settings],
+    2: [
+        train_in_all_settings,
+        learn_in_evaluation,
+        load_and_copy,
+        train_on_uneven_parts,
+        step_in_groups,
+        compiled_step,
+        call_with_dtensor,
+        call_with_mismatches,
+    ],
+    3: [train_in_all_settings, train_on_uneven_parts],
+}
+
+
+def run_tasks(rank: int, size: int) -> dict[str, Any]:
+    return {task.__name__: task(rank, size) for task in TASKS[size]}
+
+
+@functools.cache
+def all_results(size: int) -> list[dict[str, Any]]:
+    return run_in(size, run_tasks)
+
+
+def results(size: int, task: Callable[[int, int], Any]) -> list[Any]:
+    """The result of a task in each process."""
+    return [result[task.__name__] for result in all_results(size)]

@@ -1,4 +1,4 @@
-"""Every function against the oracle, and the gradients against Eq. 5 to 7."""
+"""The functions and their gradients against the reference: Eq. 1 to 8."""
 
 import numpy as np
 import pytest
@@ -10,9 +10,9 @@ from separate_loss import functional as F
 from separate_loss import separate_loss
 from separate_loss._checks import Reduction, Separation
 from tests.helpers import reference
-from tests.helpers.properties import REDUCTIONS, Problem, assert_equal, holds_for, problems
+from tests.helpers.properties import REDUCTIONS, Problem, assert_equal, problems, property_test
 
-# Norms that each type can hold together with their gradients.
+# Types, and exponents of norms that each type can hold together with their gradients.
 DTYPES = [
     pytest.param(torch.float64, 60, id="float64"),
     pytest.param(torch.float32, 17, id="float32"),
@@ -21,19 +21,19 @@ DTYPES = [
 ]
 
 
-def drawn(data: st.DataObject, dtype: torch.dtype, reach: int, **options: object) -> Problem:
-    return data.draw(problems(reach=reach, **options)).to(dtype)  # type: ignore[arg-type]
+def drawn(data: st.DataObject, dtype: torch.dtype, max_exponent: int, **options: object) -> Problem:
+    return data.draw(problems(max_exponent=max_exponent, **options)).to(dtype)  # type: ignore[arg-type]
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """Half types are computed in float32, from values that were rounded before."""
+    """Half precision is computed in float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
-@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
-@holds_for(data=st.data())
-def test_similarity_is_eq_1(data: st.DataObject, dtype: torch.dtype, reach: int) -> None:
-    problem = drawn(data, dtype, reach)
+@pytest.mark.parametrize(("dtype", "max_exponent"), DTYPES)
+@property_test(data=st.data())
+def test_similarity_is_eq_1(data: st.DataObject, dtype: torch.dtype, max_exponent: int) -> None:
+    problem = drawn(data, dtype, max_exponent)
     a, b = problem.features[0], problem.centers
     features, _, centers = problem.arrays
     expected = [reference.similarity(features[0], center) for center in centers]
@@ -44,12 +44,12 @@ def test_similarity_is_eq_1(data: st.DataObject, dtype: torch.dtype, reach: int)
     assert ((result >= 0) & (result <= 1)).all()
 
 
-@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
-@holds_for(data=st.data(), reduction=REDUCTIONS)
+@pytest.mark.parametrize(("dtype", "max_exponent"), DTYPES)
+@property_test(data=st.data(), reduction=REDUCTIONS)
 def test_intra_class_loss_is_eq_2(
-    data: st.DataObject, reduction: Reduction, dtype: torch.dtype, reach: int
+    data: st.DataObject, reduction: Reduction, dtype: torch.dtype, max_exponent: int
 ) -> None:
-    problem = drawn(data, dtype, reach)
+    problem = drawn(data, dtype, max_exponent)
     result = F.intra_class_loss(
         problem.features,
         problem.target,
@@ -62,20 +62,22 @@ def test_intra_class_loss_is_eq_2(
     assert_equal(result, expected, computed_in(dtype))
 
 
-@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
-@holds_for(data=st.data())
-def test_inter_class_loss_is_eq_3(data: st.DataObject, dtype: torch.dtype, reach: int) -> None:
-    problem = drawn(data, dtype, reach)
-    result = F.inter_class_loss(problem.centers)
-    assert_equal(result, reference.inter(problem.arrays[2]), computed_in(dtype))
-
-
-@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
-@holds_for(data=st.data(), reduction=REDUCTIONS)
-def test_separate_loss_is_eq_4(
-    data: st.DataObject, reduction: Reduction, dtype: torch.dtype, reach: int
+@pytest.mark.parametrize(("dtype", "max_exponent"), DTYPES)
+@property_test(data=st.data())
+def test_inter_class_loss_is_eq_3(
+    data: st.DataObject, dtype: torch.dtype, max_exponent: int
 ) -> None:
-    problem = drawn(data, dtype, reach)
+    problem = drawn(data, dtype, max_exponent)
+    result = F.inter_class_loss(problem.centers)
+    assert_equal(result, reference.inter_loss(problem.arrays[2]), computed_in(dtype))
+
+
+@pytest.mark.parametrize(("dtype", "max_exponent"), DTYPES)
+@property_test(data=st.data(), reduction=REDUCTIONS)
+def test_separate_loss_is_eq_4(
+    data: st.DataObject, reduction: Reduction, dtype: torch.dtype, max_exponent: int
+) -> None:
+    problem = drawn(data, dtype, max_exponent)
     result = separate_loss(
         problem.features,
         problem.target,
@@ -89,10 +91,12 @@ def test_separate_loss_is_eq_4(
     assert_equal(result, expected, result.dtype)
 
 
-@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
-@holds_for(data=st.data())
-def test_gradient_of_features_is_eq_5(data: st.DataObject, dtype: torch.dtype, reach: int) -> None:
-    problem = drawn(data, dtype, reach)
+@pytest.mark.parametrize(("dtype", "max_exponent"), DTYPES)
+@property_test(data=st.data())
+def test_gradient_of_features_is_eq_5(
+    data: st.DataObject, dtype: torch.dtype, max_exponent: int
+) -> None:
+    problem = drawn(data, dtype, max_exponent)
     features, centers = problem.requiring_grad()
     separate_loss(
         features,
@@ -107,12 +111,12 @@ def test_gradient_of_features_is_eq_5(data: st.DataObject, dtype: torch.dtype, r
     assert_equal_times_norms(features.grad, expected, problem.arrays[0], dtype)
 
 
-@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
-@holds_for(data=st.data())
+@pytest.mark.parametrize(("dtype", "max_exponent"), DTYPES)
+@property_test(data=st.data())
 def test_gradient_of_centers_is_that_of_eq_4(
-    data: st.DataObject, dtype: torch.dtype, reach: int
+    data: st.DataObject, dtype: torch.dtype, max_exponent: int
 ) -> None:
-    problem = drawn(data, dtype, reach, weighted=False)
+    problem = drawn(data, dtype, max_exponent, weighted=False)
     features, centers = problem.requiring_grad()
     separate_loss(
         features.detach(), problem.target, centers, ignore_index=problem.ignore_index
@@ -123,12 +127,12 @@ def test_gradient_of_centers_is_that_of_eq_4(
     assert_equal_times_norms(centers.grad, expected, problem.arrays[2], dtype)
 
 
-@pytest.mark.parametrize(("dtype", "reach"), DTYPES)
-@holds_for(data=st.data(), center_lr=st.sampled_from([0.0, 0.01, 1.0, 10.0, None]))
+@pytest.mark.parametrize(("dtype", "max_exponent"), DTYPES)
+@property_test(data=st.data(), center_lr=st.sampled_from([0.0, 0.01, 1.0, 10.0, None]))
 def test_update_centers_is_eq_6_to_8(
-    data: st.DataObject, center_lr: float | None, dtype: torch.dtype, reach: int
+    data: st.DataObject, center_lr: float | None, dtype: torch.dtype, max_exponent: int
 ) -> None:
-    problem = drawn(data, dtype, reach, weighted=False)
+    problem = drawn(data, dtype, max_exponent, weighted=False)
     before = problem.centers.clone()
     result = F.update_centers(
         problem.features,
@@ -139,29 +143,31 @@ def test_update_centers_is_eq_6_to_8(
     )
     assert result.dtype == dtype
     assert torch.equal(before, problem.centers)
-    features, shares, centers = problem.arrays
-    expected = reference.update_centers(features, shares, centers, center_lr)
+    features, probabilities, centers = problem.arrays
+    expected = reference.update_centers(features, probabilities, centers, center_lr)
     # A step is of the size center_lr / norm; relative to it and to the center itself.
     size = np.linalg.norm(centers, axis=1)
-    alpha = reference.rate(shares, len(centers)) if center_lr is None else center_lr
+    alpha = (
+        reference.default_center_lr(probabilities, len(centers)) if center_lr is None else center_lr
+    )
     step = np.divide(alpha, size, out=np.zeros_like(size), where=size > 0)
     scale = np.where(size > 0, np.maximum(size, step), 1.0)[:, None]
     actual = result.double() / torch.from_numpy(scale)
-    # Infinity where a type cannot hold the step of a tiny center.
-    held = np.abs(expected) < torch.finfo(dtype).max
-    assert_equal(actual[torch.from_numpy(held)], (expected / scale)[held], dtype)
+    # The step of a tiny center may overflow.
+    finite = np.abs(expected) < torch.finfo(dtype).max
+    assert_equal(actual[torch.from_numpy(finite)], (expected / scale)[finite], dtype)
 
 
 def assert_equal_times_norms(
     gradient: torch.Tensor, expected: reference.Array, vectors: reference.Array, dtype: torch.dtype
 ) -> None:
-    """Gradients are of the size 1 / norm: multiplied by it, all rows are of order 1."""
+    """Compares gradients times norms, which are of order 1."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     assert_equal(gradient.double() * torch.from_numpy(norms), expected * norms, dtype)
 
 
 def test_update_is_not_a_gradient_step() -> None:
-    """Eq. 7 is half of a gradient and Eq. 6 one divided by 1 + n_j: both differ from Eq. 4's."""
+    """Eq. 7 is half of a gradient, and Eq. 6 is a gradient divided by 1 + n_j."""
     torch.manual_seed(0)
     features = torch.randn(6, 5, dtype=torch.float64)
     target = torch.tensor([0, 0, 0, 1, 1, 2])
@@ -176,7 +182,7 @@ def test_update_is_not_a_gradient_step() -> None:
     assert not torch.allclose(step, of_intra + of_inter, rtol=0.1)
 
 
-def test_reductions_of_a_batch_that_counts_for_nothing() -> None:
+def test_empty_and_ignored_batches_leave_the_inter_class_loss() -> None:
     centers = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     inter = F.inter_class_loss(centers)
     empty = torch.zeros(0, 2), torch.zeros(0, dtype=torch.long)
@@ -190,8 +196,8 @@ def test_reductions_of_a_batch_that_counts_for_nothing() -> None:
 
 
 @pytest.mark.parametrize("separation", ["mean", "square"])
-def test_double_precision_holds_where_values_cannot_be_read(separation: Separation) -> None:
-    """As on a GPU, where a count of classes was divided in float32 once."""
+def test_vmap_computes_in_double_precision(separation: Separation) -> None:
+    """Under vmap, as on a GPU, the code cannot read values; counts must stay in float64."""
     torch.manual_seed(0)
     features, centers = torch.randn(3, 4, 5).double(), torch.randn(3, 7, 5).double()
     target = torch.randint(7, (3, 4))

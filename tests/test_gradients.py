@@ -1,4 +1,4 @@
-"""Derivatives of first and second order, backward, forward and under torch.func."""
+"""First and second derivatives: backward, forward mode, and torch.func."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -50,7 +50,7 @@ def target_of(kind: TargetKind) -> Tensor:
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kind", ["indices", "ignoring", "probabilities"])
 @pytest.mark.parametrize("function", [separate_loss, F.intra_class_loss])
-def test_gradients_of_first_and_second_order(
+def test_first_and_second_derivatives(
     function: Callable[..., Tensor],
     kind: TargetKind,
     weighted: bool,
@@ -74,7 +74,9 @@ def test_gradients_of_first_and_second_order(
     assert gradgradcheck(loss, (features, centers), check_fwd_over_rev=True)
 
 
-def test_gradients_of_similarity_and_inter_class_loss(features: Tensor, centers: Tensor) -> None:
+def test_first_and_second_derivatives_of_similarity_and_inter_class_loss(
+    features: Tensor, centers: Tensor
+) -> None:
     cases: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
         (F.similarity, (features, centers[:1])),
         (F.inter_class_loss, (centers,)),
@@ -84,7 +86,9 @@ def test_gradients_of_similarity_and_inter_class_loss(features: Tensor, centers:
         assert gradgradcheck(function, arguments, check_fwd_over_rev=True)
 
 
-def test_gradients_of_learned_soft_labels(features: Tensor, centers: Tensor) -> None:
+def test_first_and_second_derivatives_for_class_probabilities(
+    features: Tensor, centers: Tensor
+) -> None:
     target = target_of("probabilities").requires_grad_()
     weight = torch.rand(NUM_CLASSES, dtype=torch.float64)
 
@@ -95,14 +99,14 @@ def test_gradients_of_learned_soft_labels(features: Tensor, centers: Tensor) -> 
     assert gradgradcheck(loss, target)
 
 
-def test_second_derivatives_where_cosines_are_at_their_bounds() -> None:
-    """The value is clamped to its bounds there; its derivatives must not be."""
+def test_derivatives_are_not_clamped_at_the_bounds_of_cosines() -> None:
+    """The value is clamped to its bounds; the derivatives must be those without the clamp."""
     centers = doubles(40, 3)
     features = (centers * torch.linspace(-2, 2, 40).unsqueeze(-1)).requires_grad_()
     target = torch.arange(40)
     units = torch.nn.functional.normalize(features.detach(), dim=-1)
     cosines = (units * torch.nn.functional.normalize(centers, dim=-1)).sum(-1)
-    assert (cosines.abs() > 1).any(), "rounding carries none of these past the bounds"
+    assert (cosines.abs() > 1).any(), "no cosine exceeds its bounds"
 
     def loss(features: Tensor) -> Tensor:
         return separate_loss(features, target, centers)
@@ -125,7 +129,7 @@ def test_func_transforms_agree_with_autograd(
     for transform in (grad, jacrev, jacfwd):
         torch.testing.assert_close(transform(loss, argnums=(0, 1))(*arguments), expected)
     slope = jvp(loss, arguments, arguments)[1]
-    # The loss does not change with any norm, so it has no slope along its own arguments.
+    # The loss is independent of all norms, so its derivative along its arguments is zero.
     torch.testing.assert_close(slope, torch.zeros_like(slope))
     forward_over_reverse = hessian(loss, argnums=(0, 1))(*arguments)
     reverse_over_reverse = jacrev(jacrev(loss, argnums=(0, 1)), argnums=(0, 1))(*arguments)
@@ -133,7 +137,9 @@ def test_func_transforms_agree_with_autograd(
 
 
 @pytest.mark.parametrize("kind", ["indices", "ignoring", "probabilities"])
-def test_per_sample_gradients_by_vmap(kind: TargetKind, features: Tensor, centers: Tensor) -> None:
+def test_per_sample_gradients_by_vmap_equal_a_loop(
+    kind: TargetKind, features: Tensor, centers: Tensor
+) -> None:
     target = target_of(kind)
 
     def loss(sample: Tensor, label: Tensor, centers: Tensor) -> Tensor:
@@ -147,9 +153,9 @@ def test_per_sample_gradients_by_vmap(kind: TargetKind, features: Tensor, center
         torch.testing.assert_close((of_features[i], of_centers[i]), one)
 
 
-# An in-place operator of the update has no batching rule and runs once per problem.
+# An in-place operator of the update has no batching rule.
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_batches_of_problems_by_vmap() -> None:
+def test_vmap_over_problems_equals_a_loop() -> None:
     features, centers = doubles(3, NUM_SAMPLES, FEATURE_DIM), doubles(3, NUM_CLASSES, FEATURE_DIM)
     target = torch.randint(NUM_CLASSES, (3, NUM_SAMPLES))
 
@@ -162,7 +168,9 @@ def test_batches_of_problems_by_vmap() -> None:
         torch.testing.assert_close(result, torch.stack(one_by_one))
 
 
-def test_module_in_functional_call(features: Tensor, centers: Tensor) -> None:
+def test_functional_call_of_the_module_equals_the_function(
+    features: Tensor, centers: Tensor
+) -> None:
     criterion = SeparateLoss(
         NUM_CLASSES, FEATURE_DIM, center_update="gradient", dtype=torch.float64
     )
@@ -186,8 +194,7 @@ def test_zero_vectors_have_finite_derivatives(kind: TargetKind) -> None:
         assert torch.equal(part[zero_row], torch.zeros(FEATURE_DIM, dtype=torch.float64))
 
 
-def test_gradient_of_part_of_the_terms(features: Tensor, centers: Tensor) -> None:
-    """Each term alone has the gradient that it has in the sum."""
+def test_gradients_of_both_terms_add_up(features: Tensor, centers: Tensor) -> None:
     target = target_of("indices")
     (whole,) = torch.autograd.grad(separate_loss(features, target, centers), centers)
     (intra,) = torch.autograd.grad(F.intra_class_loss(features, target, centers), centers)
@@ -196,8 +203,7 @@ def test_gradient_of_part_of_the_terms(features: Tensor, centers: Tensor) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_batched_gradients_of_many_centers() -> None:
-    """Also where the centers are worked on in blocks."""
+def test_batched_gradients_of_several_blocks_of_centers() -> None:
     features, target = torch.randn(3, 256, requires_grad=True), torch.arange(3)
     centers = torch.randn(4100, 256, requires_grad=True)
     loss = separate_loss(features, target, centers)

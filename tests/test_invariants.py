@@ -1,4 +1,4 @@
-"""What holds for the loss whatever the batch and the centers."""
+"""Properties of the loss for all batches and centers."""
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from separate_loss import functional as F
 from separate_loss import separate_loss
-from tests.helpers.properties import REDUCTIONS, Problem, holds_for, problems
+from tests.helpers.properties import REDUCTIONS, Problem, problems, property_test
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -32,8 +32,8 @@ def replace(problem: Problem, **changes: Tensor) -> Problem:
     return Problem(**(vars(problem) | changes))
 
 
-@holds_for(problem=problems(), dtype=st.sampled_from([torch.float64, torch.float32]))
-def test_both_terms_keep_to_their_bounds(problem: Problem, dtype: torch.dtype) -> None:
+@property_test(problem=problems(), dtype=st.sampled_from([torch.float64, torch.float32]))
+def test_both_terms_are_within_their_bounds(problem: Problem, dtype: torch.dtype) -> None:
     problem = problem.to(dtype)
     intra = F.intra_class_loss(
         problem.features, problem.target, problem.centers, ignore_index=problem.ignore_index
@@ -49,8 +49,8 @@ def test_both_terms_keep_to_their_bounds(problem: Problem, dtype: torch.dtype) -
         assert 0 <= inter <= 1 + rounding
 
 
-@holds_for(num_classes=st.integers(2, 40), seed=seeds)
-def test_inter_class_loss_is_least_where_unit_centers_sum_to_zero(
+@property_test(num_classes=st.integers(2, 40), seed=seeds)
+def test_inter_class_loss_is_minimal_if_unit_centers_sum_to_zero(
     num_classes: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -59,19 +59,19 @@ def test_inter_class_loss_is_least_where_unit_centers_sum_to_zero(
     least = torch.tensor((num_classes - 2) / (2 * (num_classes - 1)), dtype=torch.float64)
     assert_same(F.inter_class_loss(simplex @ rotation), least)
     if num_classes % 2 == 0:
-        # Not the simplex alone: opposite pairs sum to zero as well.
+        # Opposite pairs sum to zero as well.
         halves = torch.randn(num_classes // 2, 3, dtype=torch.float64)
         assert_same(F.inter_class_loss(torch.cat([halves, -halves])), least)
 
 
-@holds_for(num_classes=st.integers(2, 40), seed=seeds)
-def test_inter_class_loss_is_1_where_all_centers_agree(num_classes: int, seed: int) -> None:
+@property_test(num_classes=st.integers(2, 40), seed=seeds)
+def test_inter_class_loss_is_1_for_centers_of_one_direction(num_classes: int, seed: int) -> None:
     torch.manual_seed(seed)
     centers = torch.randn(1, 8, dtype=torch.float64) * torch.rand(num_classes, 1).double().add(0.1)
     assert_same(F.inter_class_loss(centers), torch.ones((), dtype=torch.float64))
 
 
-@holds_for(problem=problems(reach=3), reduction=REDUCTIONS, seed=seeds)
+@property_test(problem=problems(max_exponent=3), reduction=REDUCTIONS, seed=seeds)
 def test_positive_factors_change_nothing(problem: Problem, reduction: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     factors = [
@@ -86,7 +86,7 @@ def test_positive_factors_change_nothing(problem: Problem, reduction: str, seed:
     assert_same(loss_of(scaled, reduction), loss_of(problem, reduction))
 
 
-@holds_for(problem=problems(reach=3), reduction=REDUCTIONS, seed=seeds)
+@property_test(problem=problems(max_exponent=3), reduction=REDUCTIONS, seed=seeds)
 def test_a_rotation_changes_nothing(problem: Problem, reduction: str, seed: int) -> None:
     torch.manual_seed(seed)
     dim = problem.features.shape[1]
@@ -102,7 +102,7 @@ def test_a_rotation_changes_nothing(problem: Problem, reduction: str, seed: int)
     assert_same(turned / size, (moved @ rotation) / size)
 
 
-@holds_for(problem=problems(reach=3), seed=seeds)
+@property_test(problem=problems(max_exponent=3), seed=seeds)
 def test_the_order_of_samples_changes_nothing(problem: Problem, seed: int) -> None:
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(problem.features)))
     shuffled = replace(problem, features=problem.features[order], target=problem.target[order])
@@ -110,8 +110,10 @@ def test_the_order_of_samples_changes_nothing(problem: Problem, seed: int) -> No
     assert_same(loss_of(shuffled, "none"), loss_of(problem, "none")[order])
 
 
-@holds_for(problem=problems(reach=3), reduction=REDUCTIONS, seed=seeds)
-def test_the_names_of_classes_change_nothing(problem: Problem, reduction: str, seed: int) -> None:
+@property_test(problem=problems(max_exponent=3), reduction=REDUCTIONS, seed=seeds)
+def test_a_permutation_of_classes_changes_nothing(
+    problem: Problem, reduction: str, seed: int
+) -> None:
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(problem.centers)))
     inverse = order.argsort()
     changes = {"centers": problem.centers[order]}
@@ -126,7 +128,7 @@ def test_the_names_of_classes_change_nothing(problem: Problem, reduction: str, s
     assert_same(loss_of(replace(problem, **changes), reduction), loss_of(problem, reduction))
 
 
-@holds_for(problem=problems(reach=3), times=st.integers(2, 4))
+@property_test(problem=problems(max_exponent=3), times=st.integers(2, 4))
 def test_a_repeated_batch_changes_nothing(problem: Problem, times: int) -> None:
     repeated = replace(
         problem,
@@ -136,7 +138,7 @@ def test_a_repeated_batch_changes_nothing(problem: Problem, times: int) -> None:
     assert_same(loss_of(repeated), loss_of(problem))
 
 
-@holds_for(problem=problems(reach=2))
+@property_test(problem=problems(max_exponent=2))
 def test_gradients_are_orthogonal_to_their_vectors(problem: Problem) -> None:
     features, centers = problem.requiring_grad()
     loss_of(replace(problem, features=features, centers=centers)).backward()
@@ -146,22 +148,22 @@ def test_gradients_are_orthogonal_to_their_vectors(problem: Problem) -> None:
         assert_same(along, torch.zeros_like(along))
 
 
-@holds_for(problem=problems())
-def test_reductions_agree(problem: Problem) -> None:
+@property_test(problem=problems())
+def test_none_mean_and_sum_agree(problem: Problem) -> None:
     each, mean, total = (loss_of(problem, reduction) for reduction in ("none", "mean", "sum"))
     assert_same(each.sum(), total)
-    _, shares, _ = problem.arrays
-    mass = float((shares @ problem.weights).sum())
-    if mass > 0:
-        assert_same(total / mass, mean)
-    if problem.weight is None and mass == len(each):
+    _, probabilities, _ = problem.arrays
+    total_weight = float((probabilities @ problem.weights).sum())
+    if total_weight > 0:
+        assert_same(total / total_weight, mean)
+    if problem.weight is None and total_weight == len(each):
         assert_same(each.mean(), mean)
 
 
-@holds_for(problem=problems(kind="indices"), reduction=REDUCTIONS)
+@property_test(problem=problems(kind="indices"), reduction=REDUCTIONS)
 def test_one_hot_probabilities_equal_the_class_index(problem: Problem, reduction: str) -> None:
-    _, shares, _ = problem.arrays
-    one_hot = replace(problem, target=torch.from_numpy(shares))
+    _, probabilities, _ = problem.arrays
+    one_hot = replace(problem, target=torch.from_numpy(probabilities))
     assert_same(loss_of(one_hot, reduction), loss_of(problem, reduction))
     results = []
     for case in (problem, one_hot):
@@ -189,7 +191,7 @@ def test_one_hot_probabilities_equal_the_class_index(problem: Problem, reduction
         assert_same(by_probability, by_index)
 
 
-@holds_for(problem=problems(reach=0))
+@property_test(problem=problems(max_exponent=0))
 def test_a_small_step_down_the_gradient_lowers_the_loss(problem: Problem) -> None:
     features, centers = problem.requiring_grad()
     before = loss_of(replace(problem, features=features, centers=centers))
@@ -198,7 +200,7 @@ def test_a_small_step_down_the_gradient_lowers_the_loss(problem: Problem) -> Non
     assert centers.grad is not None
     squared = features.grad.square().sum() + centers.grad.square().sum()
     assume(squared > 1e-8)
-    # Small beside every norm, so that the slope holds over the whole step.
+    # Small relative to all norms, so that the loss is nearly linear over the step.
     norms = torch.cat([features, centers]).detach().norm(dim=-1)
     gradients = torch.cat([features.grad, centers.grad]).norm(dim=-1)
     step = 1e-3 * (norms / gradients)[(norms > 0) & (gradients > 0)].min()
@@ -213,9 +215,9 @@ def test_a_small_step_down_the_gradient_lowers_the_loss(problem: Problem) -> Non
     assert after < before
 
 
-@holds_for(problem=problems(reach=1, weighted=False))
-def test_the_update_brings_centers_closer_to_their_samples(problem: Problem) -> None:
-    """With Eq. 7 taken out by centers that sum to zero, Eq. 6 can only lower L_intra."""
+@property_test(problem=problems(max_exponent=1, weighted=False))
+def test_the_update_moves_centers_towards_their_samples(problem: Problem) -> None:
+    """Eq. 7 vanishes for centers that sum to zero, and Eq. 6 lowers L_intra."""
     centers = torch.cat([problem.centers, -problem.centers])
     centers = centers / centers.norm(dim=-1, keepdim=True).clamp(min=1e-300)
     target = problem.target
@@ -230,9 +232,9 @@ def test_the_update_brings_centers_closer_to_their_samples(problem: Problem) -> 
     assert after <= before + 1e-12
 
 
-@holds_for(problem=problems(reach=3), extra=st.integers(1, 5), seed=seeds)
-def test_ignored_samples_count_for_nothing(problem: Problem, extra: int, seed: int) -> None:
-    """Whatever they hold, NaN as well."""
+@property_test(problem=problems(max_exponent=3), extra=st.integers(1, 5), seed=seeds)
+def test_ignored_samples_change_nothing(problem: Problem, extra: int, seed: int) -> None:
+    """Even if they hold NaN."""
     assume(not problem.target.is_floating_point())
     torch.manual_seed(seed)
     noise = torch.randn(extra, problem.features.shape[1], dtype=torch.float64)
@@ -260,7 +262,7 @@ def test_ignored_samples_count_for_nothing(problem: Problem, extra: int, seed: i
         assert_same(one, other)
 
 
-@holds_for(problem=problems(reach=3, most=(24, 8, 6)), width=st.integers(1, 3))
+@property_test(problem=problems(max_exponent=3, max_sizes=(24, 8, 6)), width=st.integers(1, 3))
 def test_leading_dimensions_are_samples(problem: Problem, width: int) -> None:
     features = problem.features.expand(width, *problem.features.shape)
     target = problem.target.expand(width, *problem.target.shape)

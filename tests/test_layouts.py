@@ -1,4 +1,4 @@
-"""Heads and logits as classifiers have them: classes last or in dimension 1, maps and sequences."""
+"""Layouts of logits: classes last or in dimension 1, for vectors, sequences and maps."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from separate_loss import SoftmaxSeparateLoss, separate_loss
 from separate_loss.functional import update_centers
-from tests.helpers.properties import holds_for
+from tests.helpers.properties import property_test
 
 NUM_CLASSES, FEATURE_DIM = 4, 6
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -22,7 +22,7 @@ def seed() -> None:
 
 
 class Transposed(nn.Module):
-    """A linear layer over dimension 1, which no layer of torch tells."""
+    """A linear layer over dimension 1; the loss cannot see that from its type."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Transposed(nn.Module):
         return logits.movedim(-1, 1)
 
 
-def by_hand(
+def joint_loss(
     features: Tensor,
     logits: Tensor,
     target: Tensor,
@@ -43,13 +43,13 @@ def by_hand(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor:
-    """The joint loss of samples in rows, as a user would write it."""
+    """The joint loss of samples in rows, written with the plain functions."""
     kept = target != ignore_index
     features, logits, target = features[kept], logits[kept], target[kept]
     softmax = F.cross_entropy(logits, target, weight=weight, label_smoothing=label_smoothing)
-    shares = F.one_hot(target, NUM_CLASSES).to(features.dtype)
-    shares = (1 - label_smoothing) * shares + label_smoothing / NUM_CLASSES
-    return softmax + 0.9 * separate_loss(features, shares, centers, weight=weight)
+    probabilities = F.one_hot(target, NUM_CLASSES).to(features.dtype)
+    probabilities = (1 - label_smoothing) * probabilities + label_smoothing / NUM_CLASSES
+    return softmax + 0.9 * separate_loss(features, probabilities, centers, weight=weight)
 
 
 def rows(values: Tensor, class_dim: int) -> Tensor:
@@ -57,7 +57,7 @@ def rows(values: Tensor, class_dim: int) -> Tensor:
     return values.reshape(-1, values.shape[-1])
 
 
-@holds_for(
+@property_test(
     kind=st.sampled_from(["linear", "transposed", *CONVOLUTIONS]),
     sizes=st.lists(st.sampled_from([1, 2, NUM_CLASSES, FEATURE_DIM]), min_size=3, max_size=3),
     num_samples=st.sampled_from([1, 3, NUM_CLASSES, FEATURE_DIM]),
@@ -67,7 +67,7 @@ def rows(values: Tensor, class_dim: int) -> Tensor:
     given_features=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_every_layout_gives_what_a_loop_by_hand_gives(
+def test_every_layout_equals_samples_in_rows(
     kind: Any,
     sizes: list[int],
     num_samples: int,
@@ -77,7 +77,7 @@ def test_every_layout_gives_what_a_loop_by_hand_gives(
     given_features: bool,
     seed: int,
 ) -> None:
-    """Coinciding sizes of samples, classes and features among them."""
+    """Also where numbers of samples, classes and features are equal."""
     torch.manual_seed(seed)
     places = sizes[: kind if isinstance(kind, int) else 2]
     options: dict[str, Any] = {"ignore_index": 255, "label_smoothing": label_smoothing}
@@ -108,7 +108,7 @@ def test_every_layout_gives_what_a_loop_by_hand_gives(
     options.pop("class_dim", None)
     twin = features.clone().requires_grad_()
     samples = rows(twin, class_dim)
-    expected = by_hand(
+    expected = joint_loss(
         samples, rows(head(twin), class_dim), target.flatten(), centers, weight=weight, **options
     )
     torch.testing.assert_close(loss, expected)
@@ -117,18 +117,18 @@ def test_every_layout_gives_what_a_loop_by_hand_gives(
         torch.autograd.grad(expected, [twin, *head.parameters()]),
     )
     kept = target.flatten() != 255
-    shares: Tensor = target.flatten()[kept]
+    probabilities: Tensor = target.flatten()[kept]
     if label_smoothing:
-        shares = F.one_hot(shares, NUM_CLASSES).double()
-        shares = (1 - label_smoothing) * shares + label_smoothing / NUM_CLASSES
-    moved = update_centers(samples.detach()[kept], shares, centers, center_lr=None)
+        probabilities = F.one_hot(probabilities, NUM_CLASSES).double()
+        probabilities = (1 - label_smoothing) * probabilities + label_smoothing / NUM_CLASSES
+    moved = update_centers(samples.detach()[kept], probabilities, centers, center_lr=None)
     torch.testing.assert_close(criterion.separate.centers, moved)
 
 
 @pytest.mark.parametrize("dims", CONVOLUTIONS)
 @pytest.mark.parametrize("num_samples", [NUM_CLASSES, 5])
-def test_a_convolution_flattened_to_classes(dims: int, num_samples: int) -> None:
-    """As in ResNetV2 and DLA of timm, where the map is one place."""
+def test_a_flattened_convolution_is_a_head(dims: int, num_samples: int) -> None:
+    """As in ResNetV2 and DLA of timm, whose last map has size 1."""
     head = CONVOLUTIONS[dims](FEATURE_DIM, NUM_CLASSES, 1)
     model = nn.Sequential(head, nn.Flatten(1))
     features = torch.randn(num_samples, FEATURE_DIM, *[1] * dims, requires_grad=True)
@@ -172,7 +172,7 @@ def test_probabilities_have_the_layout_of_the_logits() -> None:
         (nn.Linear(6, 4), (2, 3, 6), (2, 4), r"\(2, 3\).*got .*\(2, 4\)"),
     ],
 )
-def test_what_does_not_fit_is_said_in_the_terms_of_the_user(
+def test_targets_of_another_shape_are_refused(
     head: nn.Module, features: tuple[int, ...], target: tuple[int, ...], expected: str
 ) -> None:
     criterion = SoftmaxSeparateLoss(head)

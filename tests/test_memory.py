@@ -1,4 +1,4 @@
-"""What a step allocates: nothing over pairs of classes, nothing over samples times classes."""
+"""A step allocates nothing for pairs of classes, and nothing for samples times classes."""
 
 import subprocess
 import sys
@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_iter
 
 from separate_loss import SeparateLoss
 
-# Different primes, so that a size tells what a tensor ranges over.
+# Different primes, so that a size identifies a dimension.
 NUM_SAMPLES, NUM_CLASSES, FEATURE_DIM = 83, 97, 13
 
 
 class Shapes(TorchDispatchMode):
-    """Records the shape of every tensor that any operator returns."""
+    """Records the shapes of all results of operators."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -38,7 +38,7 @@ class Shapes(TorchDispatchMode):
 
 @pytest.mark.parametrize("center_update", ["paper", "gradient"])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_no_tensor_over_pairs(kind: str, center_update: Any) -> None:
+def test_no_tensor_has_all_pairs_of_samples_or_classes(kind: str, center_update: Any) -> None:
     torch.manual_seed(0)
     criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_update=center_update)
     features = torch.randn(NUM_SAMPLES, FEATURE_DIM, requires_grad=True)
@@ -51,7 +51,7 @@ def test_no_tensor_over_pairs(kind: str, center_update: Any) -> None:
     for shape in shapes.seen:
         size = torch.Size(shape).numel()
         assert size <= max(NUM_SAMPLES, NUM_CLASSES) * FEATURE_DIM or (
-            # Views of the caller's own probabilities.
+            # Views of the given probabilities.
             kind == "probabilities" and sorted(shape) == [NUM_SAMPLES, NUM_CLASSES]
         ), shape
     if kind == "indices":
@@ -92,27 +92,29 @@ def step(num_classes):
     criterion = SeparateLoss(num_classes, 128, center_init="sphere", center_update=%r)
     features = torch.randn(256, 128, requires_grad=True)
     target = torch.randint(num_classes, (256,))
-    Path("/proc/self/clear_refs").write_text("5")  # forget earlier peaks
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     criterion(features, target).backward()
     return resident("VmHWM") - before
 
-step(10)  # libraries and thread pools
+step(10)  # loads libraries and starts threads
 print(step(100_000))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux's /proc")
 @pytest.mark.parametrize("center_update", ["paper", "gradient"])
-def test_peak_of_a_step_with_100_000_classes(center_update: str) -> None:
-    """Forward, backward and update stay far under the 40 GB of the textbook form."""
+def test_a_step_with_100_000_classes_needs_less_than_two_copies_of_the_centers(
+    center_update: str,
+) -> None:
+    """A matrix of all pairs of centers would take 40 GB."""
     output = subprocess.run(
         [sys.executable, "-c", STEP % center_update], capture_output=True, text=True, check=True
     )
-    # The resident set also grows by what the process touches for the first time.
+    # The resident set also grows by other memory that is touched for the first time.
     one_copy = 100_000 * 128 * 4
     if center_update == "gradient":
         assert one_copy * 0.9 <= int(output.stdout) < one_copy * 1.8, output.stdout
     else:
-        # The centers move in place.
+        # The update is in place.
         assert 0 < int(output.stdout) < one_copy * 0.8, output.stdout

@@ -1,4 +1,4 @@
-"""The figures of Table 1 against the oracle, whole and in batches."""
+"""The metrics of Table 1 against the reference, for all samples at once and in batches."""
 
 import numpy as np
 import pytest
@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from separate_loss import functional, metrics
 from tests.helpers import reference
-from tests.helpers.properties import Problem, assert_equal, holds_for, problems
+from tests.helpers.properties import Problem, assert_equal, problems, property_test
 
-labelled = problems(kind="indices", reach=3, ignoring=False)
+labelled = problems(kind="indices", max_exponent=3, ignoring=False)
 
 
-@holds_for(problem=labelled)
-def test_figures_are_those_of_the_oracle(problem: Problem) -> None:
+@property_test(problem=labelled)
+def test_metrics_equal_the_reference(problem: Problem) -> None:
     features, _, centers = problem.arrays
     target, num_classes = problem.target.numpy(), len(centers)
     true_centers = reference.class_centers(features, target, num_classes)
@@ -27,13 +27,13 @@ def test_figures_are_those_of_the_oracle(problem: Problem) -> None:
         array = rows.numpy()
         expected_intra = reference.intra_class_similarity(features, target, array)
         expected_inter = reference.inter_class_similarity(array)
-        # A mean that all but cancels has a direction of rounding alone.
-        steady = np.ones(num_classes, dtype=bool)
+        # The direction of a mean that cancels is rounding error.
+        stable = np.ones(num_classes, dtype=bool)
         if name == "true":
             size = np.array([np.abs(features[target == j]).sum() for j in range(num_classes)])
-            steady = ~(np.linalg.norm(array, axis=1) < 1e-6 * size)
-        assert_equal(intra[torch.from_numpy(steady)], expected_intra[steady], torch.float64)
-        if steady.all():
+            stable = ~(np.linalg.norm(array, axis=1) < 1e-6 * size)
+        assert_equal(intra[torch.from_numpy(stable)], expected_intra[stable], torch.float64)
+        if stable.all():
             assert_equal(inter, expected_inter, torch.float64)
     agreement = metrics.center_agreement(problem.centers, found, reduction="none")
     expected = [
@@ -43,8 +43,8 @@ def test_figures_are_those_of_the_oracle(problem: Problem) -> None:
     assert_equal(agreement, np.array(expected), torch.float64)
 
 
-@holds_for(problem=labelled)
-def test_means_leave_absent_classes_out(problem: Problem) -> None:
+@property_test(problem=labelled)
+def test_means_are_over_present_classes(problem: Problem) -> None:
     arguments = problem.features, problem.target
     centers = metrics.class_centers(*arguments, len(problem.centers))
     for each, mean in (
@@ -66,8 +66,8 @@ def test_means_leave_absent_classes_out(problem: Problem) -> None:
         assert (present.abs() <= 1).all()
 
 
-@holds_for(problem=labelled, size=st.integers(1, 20))
-def test_batches_give_what_the_whole_gives(problem: Problem, size: int) -> None:
+@property_test(problem=labelled, size=st.integers(1, 20))
+def test_batches_give_the_same_as_all_samples_at_once(problem: Problem, size: int) -> None:
     num_classes, feature_dim = problem.centers.shape
     statistics = metrics.ClassStatistics(num_classes, feature_dim)
     for features, target in zip(
@@ -88,7 +88,7 @@ def test_batches_give_what_the_whole_gives(problem: Problem, size: int) -> None:
     )
 
 
-@holds_for(problem=problems(kind="indices", reach=3, ignoring=True))
+@property_test(problem=problems(kind="indices", max_exponent=3, ignoring=True))
 def test_ignored_samples_are_left_out(problem: Problem) -> None:
     kept = problem.target != problem.ignore_index
     features = problem.features.clone()
@@ -106,7 +106,7 @@ def test_ignored_samples_are_left_out(problem: Problem) -> None:
     torch.testing.assert_close(intra, others, equal_nan=True)
 
 
-def test_any_type_and_shape_and_outside_of_autograd() -> None:
+def test_class_centers_take_any_type_and_shape_and_have_no_graph() -> None:
     torch.manual_seed(0)
     features = torch.randn(2, 6, 4).half().requires_grad_()
     target = torch.randint(3, (2, 6), dtype=torch.int32)
@@ -117,14 +117,14 @@ def test_any_type_and_shape_and_outside_of_autograd() -> None:
     torch.testing.assert_close(centers, flat, equal_nan=True)
 
 
-def test_one_class_alone_is_not_apart_from_any() -> None:
+def test_inter_class_similarity_of_one_class_is_nan() -> None:
     centers = metrics.class_centers(torch.rand(3, 4), torch.zeros(3, dtype=torch.long), 2)
     assert metrics.inter_class_similarity(centers).isnan()
     assert metrics.inter_class_similarity(centers, reduction="none").isnan().all()
 
 
-@holds_for(problem=problems(reach=3), seed=st.integers(0, 2**32 - 1))
-def test_the_nearest_center_is_that_of_the_largest_cosine(problem: Problem, seed: int) -> None:
+@property_test(problem=problems(max_exponent=3), seed=st.integers(0, 2**32 - 1))
+def test_the_nearest_center_has_the_largest_cosine(problem: Problem, seed: int) -> None:
     features, centers = problem.features, problem.centers
     centers[seed % len(centers)] = 0
     centers[(seed + 1) % len(centers)] = torch.randn(centers.shape[1])
@@ -137,7 +137,7 @@ def test_the_nearest_center_is_that_of_the_largest_cosine(problem: Problem, seed
         assert reference.cosine(x, centers[chosen].numpy()) == pytest.approx(found, abs=1e-12)
 
 
-def test_nearest_center_keeps_dimensions_and_leaves_missing_centers_out() -> None:
+def test_nearest_center_keeps_dimensions_and_skips_missing_centers() -> None:
     centers = torch.tensor([[torch.nan, torch.nan], [0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     features = torch.tensor([[[3.0, 1.0], [-1.0, -2.0]], [[0.0, 2.0], [0.0, 0.0]]])
     expected = torch.tensor([[2, 2], [3, 2]])
@@ -146,7 +146,7 @@ def test_nearest_center_keeps_dimensions_and_leaves_missing_centers_out() -> Non
     assert metrics.nearest_center(features[:0], centers).shape == (0, 2)
 
 
-def test_nearest_center_works_in_parts() -> None:
+def test_nearest_center_of_several_blocks_of_samples() -> None:
     centers, features = torch.randn(2**12, 3), torch.randn(3000, 3)
     index = metrics.nearest_center(features, centers)
     cosines = functional.similarity(features[:50, None], centers)
@@ -154,7 +154,7 @@ def test_nearest_center_works_in_parts() -> None:
     assert torch.equal(index[-5:], metrics.nearest_center(features[-5:], centers))
 
 
-def test_nearest_center_refuses_what_does_not_fit() -> None:
+def test_nearest_center_refuses_invalid_features() -> None:
     with pytest.raises(ValueError, match="features must have 3 values in the last dimension"):
         metrics.nearest_center(torch.randn(4, 2), torch.randn(5, 3))
     with pytest.raises(TypeError, match="features must be floating point"):

@@ -1,4 +1,4 @@
-"""The module: who owns the centers, when they move, and that it behaves as modules do."""
+"""SeparateLoss: when its centers move and where they start; copies, checkpoints and types."""
 
 import copy
 import io
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from separate_loss import SeparateLoss, separate_loss
 from separate_loss import functional as F
 from separate_loss._checks import Reduction
-from tests.helpers.properties import REDUCTIONS, Problem, holds_for, problems
+from tests.helpers.properties import REDUCTIONS, Problem, problems, property_test
 
 NUM_CLASSES, FEATURE_DIM = 5, 4
 
@@ -28,8 +28,8 @@ def batch(size: int = 8) -> tuple[Tensor, Tensor]:
     return features, torch.randint(NUM_CLASSES, (size,))
 
 
-@holds_for(problem=problems(reach=3), reduction=REDUCTIONS)
-def test_the_loss_is_that_of_the_centers_before_they_move(
+@property_test(problem=problems(max_exponent=3), reduction=REDUCTIONS)
+def test_the_loss_uses_the_centers_before_the_update(
     problem: Problem, reduction: Reduction
 ) -> None:
     criterion = SeparateLoss(
@@ -63,13 +63,13 @@ def test_the_loss_is_that_of_the_centers_before_they_move(
         center_lr=0.5,
         ignore_index=problem.ignore_index,
     )
-    # Zero centers start, which Eq. 8 leaves where they are.
-    given = problem.centers.any(-1)
-    assert torch.equal(criterion.centers[given], moved[given])
+    # The module starts zero centers; Eq. 8 keeps them.
+    nonzero = problem.centers.any(-1)
+    assert torch.equal(criterion.centers[nonzero], moved[nonzero])
 
 
-@holds_for(problem=problems(reach=3, weighted=True), reduction=REDUCTIONS)
-def test_both_terms_of_a_step_can_be_logged(problem: Problem, reduction: Reduction) -> None:
+@property_test(problem=problems(max_exponent=3, weighted=True), reduction=REDUCTIONS)
+def test_last_terms_are_both_terms_without_a_graph(problem: Problem, reduction: Reduction) -> None:
     criterion = SeparateLoss(
         *problem.centers.shape,
         center_init=problem.centers,
@@ -100,21 +100,21 @@ def test_both_terms_of_a_step_can_be_logged(problem: Problem, reduction: Reducti
 def test_centers_move_only_in_training_with_gradients_on() -> None:
     criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM)
     criterion(*batch())
-    for still in ("eval", "no_grad", "inference_mode"):
+    for mode in ("eval", "no_grad", "inference_mode"):
         before = criterion.centers.clone()
-        criterion.train(still != "eval")
+        criterion.train(mode != "eval")
         with (
-            torch.inference_mode(still == "inference_mode"),
-            torch.set_grad_enabled(still not in ("no_grad", "inference_mode")),
+            torch.inference_mode(mode == "inference_mode"),
+            torch.set_grad_enabled(mode not in ("no_grad", "inference_mode")),
         ):
             criterion(*batch())
-        assert torch.equal(criterion.centers, before), still
+        assert torch.equal(criterion.centers, before), mode
     criterion.train()
     criterion(*batch())
     assert not torch.equal(criterion.centers, before)
 
 
-def test_centers_may_move_before_backward() -> None:
+def test_backward_uses_the_centers_of_its_own_forward_pass() -> None:
     """Two forward passes and one backward give the gradients of two separate steps."""
     criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_init="sphere", dtype=torch.float64)
     for kind in ("indices", "probabilities", "learned"):
@@ -134,7 +134,7 @@ def test_centers_may_move_before_backward() -> None:
             torch.testing.assert_close(part.grad, expected)
 
 
-def test_gradient_update_leaves_the_centers_to_the_optimizer() -> None:
+def test_with_gradient_update_the_optimizer_moves_the_centers() -> None:
     criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_update="gradient")
     assert [name for name, _ in criterion.named_parameters()] == ["centers"]
     optimizer = torch.optim.SGD(criterion.parameters(), lr=0.5)
@@ -151,7 +151,7 @@ def test_gradient_update_leaves_the_centers_to_the_optimizer() -> None:
     assert all(later < earlier for earlier, later in pairwise(losses))
 
 
-def test_none_leaves_the_centers_to_the_caller() -> None:
+def test_with_update_none_the_centers_do_not_move() -> None:
     criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_update="none")
     before = criterion.centers.clone()
     criterion(*batch()).backward()
@@ -168,8 +168,8 @@ def test_centers_are_saved_under_one_name(update: str) -> None:
     assert torch.equal(other.centers, criterion.centers)
 
 
-class TestStartingValues:
-    def test_features_start_a_center_at_the_mean_direction_of_its_first_samples(self) -> None:
+class TestCenterInit:
+    def test_features_starts_a_center_at_the_mean_direction_of_its_first_samples(self) -> None:
         criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM)
         assert torch.equal(criterion.centers, torch.zeros(NUM_CLASSES, FEATURE_DIM))
         features = torch.randn(6, FEATURE_DIM, requires_grad=True)
@@ -192,8 +192,8 @@ class TestStartingValues:
         expected = F.update_centers(features, torch.tensor([1, 0]), started, center_lr=None)
         torch.testing.assert_close(criterion.centers[[0, 2, 3, 4]], expected[[0, 2, 3, 4]])
 
-    def test_rows_of_zeros_start_as_well(self) -> None:
-        """As centers of a checkpoint with new classes after them, given or loaded."""
+    def test_rows_of_zeros_start_as_with_features(self) -> None:
+        """As after new classes are added to a checkpoint."""
         given = torch.cat([torch.randn(3, FEATURE_DIM), torch.zeros(2, FEATURE_DIM)])
         features, target = torch.randn(6, FEATURE_DIM), torch.tensor([0, 3, 3, 4, 4, 4])
         fresh = SeparateLoss(NUM_CLASSES, FEATURE_DIM)
@@ -210,7 +210,7 @@ class TestStartingValues:
         with pytest.raises(ValueError, match=r"no row of zeros .* got one for class 3"):
             SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_update="gradient", center_init=given)
 
-    def test_probabilities_start_a_class_with_half_a_sample(self) -> None:
+    def test_probabilities_start_classes_with_half_a_sample(self) -> None:
         by_index = SeparateLoss(3, FEATURE_DIM)
         by_probability = SeparateLoss(3, FEATURE_DIM)
         features = torch.randn(2, FEATURE_DIM, requires_grad=True)
@@ -218,7 +218,7 @@ class TestStartingValues:
         by_probability(features, torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.9, 0.1]]))
         torch.testing.assert_close(by_probability.centers, by_index.centers)
 
-    def test_samples_that_are_not_finite_start_nothing(self) -> None:
+    def test_samples_that_are_not_finite_start_no_center(self) -> None:
         criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM)
         features = torch.randn(3, FEATURE_DIM)
         features[0, 0] = torch.nan
@@ -227,7 +227,7 @@ class TestStartingValues:
         assert criterion.centers[1].norm() > 0.99
 
     @pytest.mark.parametrize("update", ["paper", "gradient", "none"])
-    def test_random_values(self, update: str) -> None:
+    def test_random_centers_have_the_stated_distribution(self, update: str) -> None:
         options = {"center_update": update}
         sphere = SeparateLoss(1000, 64, center_init="sphere", **options).centers.detach()  # type: ignore[arg-type]
         normal = SeparateLoss(1000, 64, center_init="normal", **options).centers.detach()  # type: ignore[arg-type]
@@ -240,7 +240,7 @@ class TestStartingValues:
         assert 0.99 < float(uniform.max()) <= 1
         assert abs(float(uniform.mean()) - 0.5) < 0.01
 
-    def test_a_tensor_is_copied(self) -> None:
+    def test_a_given_tensor_is_copied(self) -> None:
         values = torch.randn(NUM_CLASSES, FEATURE_DIM)
         before = values.clone()
         criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_init=values)
@@ -248,7 +248,7 @@ class TestStartingValues:
         criterion(*batch())
         assert torch.equal(values, before)
 
-    def test_seeded(self) -> None:
+    def test_the_seed_determines_random_centers(self) -> None:
         runs = []
         for _ in range(2):
             torch.manual_seed(7)
@@ -256,8 +256,8 @@ class TestStartingValues:
         assert torch.equal(*runs)
 
 
-class TestAsAModule:
-    def test_device_and_dtype(self) -> None:
+class TestModuleInterface:
+    def test_centers_have_the_given_device_and_dtype(self) -> None:
         meta = SeparateLoss(NUM_CLASSES, FEATURE_DIM, device="meta", dtype=torch.float64)
         assert meta.centers.device.type == "meta"
         assert meta.centers.dtype == torch.float64
@@ -267,7 +267,7 @@ class TestAsAModule:
         assert criterion.to("meta").centers.device.type == "meta"
 
     @pytest.mark.parametrize("update", ["paper", "gradient", "none"])
-    def test_half(self, update: str) -> None:
+    def test_half_precision_modules_train(self, update: str) -> None:
         criterion = SeparateLoss(
             NUM_CLASSES,
             FEATURE_DIM,
@@ -285,7 +285,7 @@ class TestAsAModule:
         assert criterion.centers.dtype == torch.float16
         assert torch.equal(criterion.centers, before) == (update != "paper")
 
-    def test_copies_and_pickles_go_on_the_same(self) -> None:
+    def test_copies_and_pickles_continue_identically(self) -> None:
         criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, weight=torch.rand(NUM_CLASSES))
         criterion(*batch())
         twins = [copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))]
@@ -296,7 +296,7 @@ class TestAsAModule:
             assert torch.equal(twin.centers, criterion.centers)
             assert repr(twin) == repr(criterion)
 
-    def test_repr(self) -> None:
+    def test_repr_shows_the_arguments(self) -> None:
         assert repr(SeparateLoss(7, 512)) == (
             "SeparateLoss(num_classes=7, feature_dim=512, center_update='paper', center_lr=None, "
             "center_init='features', reduction='mean')"
@@ -311,15 +311,14 @@ class TestAsAModule:
             "ignore_index=3, weight=...)"
         )
 
-    def test_the_graph_dies_with_the_loss(self) -> None:
-        """Nothing that is kept for logging holds the batch alive."""
+    def test_last_terms_do_not_keep_the_graph(self) -> None:
         criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM)
         loss = criterion(*batch())
         assert loss.grad_fn is not None
         assert all(not value.requires_grad for value in criterion.last_terms or ())
 
 
-def test_saving_and_loading_amid_training_continues_bit_identically() -> None:
+def test_training_resumes_bit_identically() -> None:
     def start() -> tuple[nn.Linear, SeparateLoss, torch.optim.Adam]:
         torch.manual_seed(1)
         model = nn.Linear(6, FEATURE_DIM)
@@ -355,11 +354,9 @@ def test_saving_and_loading_amid_training_continues_bit_identically() -> None:
     assert torch.equal(first[1].centers, second[1].centers)
 
 
-class TestStarts:
-    """Values that nobody set are not taken for centers."""
-
+class TestUninitialisedCenters:
     @pytest.mark.parametrize("given", ["features", "sphere", "tensor"])
-    def test_reset_parameters_starts_anew(self, given: Any) -> None:
+    def test_reset_parameters_restores_initial_values(self, given: Any) -> None:
         init = torch.randn(NUM_CLASSES, FEATURE_DIM) if given == "tensor" else given
         weight = torch.rand(NUM_CLASSES)
         criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_init=init, weight=weight.clone())
@@ -377,7 +374,7 @@ class TestStarts:
         assert torch.equal(criterion.weight, weight)
 
     @pytest.mark.parametrize("center_update", ["paper", "gradient", "none"])
-    def test_memory_after_a_meta_device_is_refused_until_set(self, center_update: Any) -> None:
+    def test_empty_memory_after_the_meta_device_is_refused(self, center_update: Any) -> None:
         features, target = torch.randn(6, FEATURE_DIM), torch.arange(6) % NUM_CLASSES
 
         def made_on_meta() -> SeparateLoss:
@@ -414,8 +411,10 @@ class TestStarts:
 @pytest.mark.parametrize("separation", ["mean", "square"])
 @pytest.mark.parametrize("num_classes", [2, 7, 300])
 @pytest.mark.parametrize("size", [3, 40, 1000])
-def test_the_default_rate_fits_the_batch(separation: Any, num_classes: int, size: int) -> None:
-    """A tenth of the samples that count, and 4 (C - 1) at most."""
+def test_the_default_center_lr_depends_on_the_batch_size(
+    separation: Any, num_classes: int, size: int
+) -> None:
+    """0.1 times the number of samples that are not ignored, at most 4 (C - 1)."""
     features = torch.randn(size, FEATURE_DIM)
     target = torch.arange(size) % num_classes
     target[::3] = -100

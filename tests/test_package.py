@@ -1,4 +1,4 @@
-"""What a user of the package meets: its names and its imports."""
+"""Public names, signatures and imports of the package."""
 
 import inspect
 import re
@@ -12,7 +12,7 @@ from separate_loss import functional, metrics, plots
 ROOT = Path(__file__).parent.parent
 
 
-def test_public_names() -> None:
+def test_public_names_have_docstrings() -> None:
     assert separate_loss.__all__ == [
         "SeparateLoss",
         "SoftmaxSeparateLoss",
@@ -27,8 +27,8 @@ def test_public_names() -> None:
             assert inspect.getdoc(getattr(module, name)), name
 
 
-def test_signatures_are_those_of_torch() -> None:
-    """Input first and target second; everything else by keyword."""
+def test_signatures_follow_torch() -> None:
+    """Input first, target second, options by keyword."""
     for function in (functional.separate_loss, functional.intra_class_loss):
         assert str(inspect.signature(function)).startswith(
             "(features: torch.Tensor, target: torch.Tensor, centers: torch.Tensor, *, weight:"
@@ -43,8 +43,8 @@ def test_import_needs_torch_alone() -> None:
     output = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    brought = set(output.stdout.split()) - set(sys.stdlib_module_names)
-    assert brought == {"separate_loss"}
+    imported = set(output.stdout.split()) - set(sys.stdlib_module_names)
+    assert imported == {"separate_loss"}
 
 
 def test_imports_go_down_only() -> None:

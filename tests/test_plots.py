@@ -1,4 +1,4 @@
-"""The figures hold what was given, and refuse what they cannot draw."""
+"""Plots show the given values, and refuse invalid arguments."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def test_center_similarity_draws_the_cosines_of_different_classes() -> None:
     np.testing.assert_allclose(drawn, [[nan, 0, -1], [0, nan, 0], [-1, 0, nan]])
 
 
-def test_errors_name_the_argument() -> None:
+def test_invalid_arguments_are_refused() -> None:
     points, target = torch.randn(4, 2), torch.arange(4)
     with pytest.raises(ValueError, match=r"points must have shape \(\*, 2\), got \(4, 3\)"):
         plots.feature_space(torch.randn(4, 3), target)

@@ -1,4 +1,4 @@
-"""The recipes in docs/recipes, run as they stand."""
+"""The programs in docs/recipes run unchanged."""
 
 import json
 import math
@@ -6,6 +6,8 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,23 @@ import pytest
 import torch
 
 RECIPES = Path(__file__).parent.parent / "docs" / "recipes"
-# With libraries that warn, log and set global state, each in a process of its own.
+# Programs that run in a process of their own, since their libraries set global state, and the
+# variables that the tests read.
+TRAINER_NAMES = ["losses", "unseen_loss", "resumed_alike", "evaluation_moves"]
 OTHER_LIBRARIES = {
-    "lightning_module.py", "metric_learning.py", "neck.py", "timm_model.py",
-    "transformers_trainer.py",
-}  # fmt: skip
-PROGRAMS = sorted({path.name for path in RECIPES.glob("*.py")} - {"data.py"} - OTHER_LIBRARIES)
+    "transformers_trainer.py": TRAINER_NAMES,
+    "lightning_module.py": TRAINER_NAMES,
+    "timm_model.py": ["losses"],
+    "neck.py": ["losses"],
+    "metric_learning.py": ["losses", "mined", "accuracy"],
+}
+PROGRAMS = sorted(
+    {path.name for path in RECIPES.glob("*.py")} - {"data.py"} - OTHER_LIBRARIES.keys()
+)
 
 
 @pytest.fixture(autouse=True)
-def beside_their_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def recipes_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(RECIPES)
     torch._dynamo.reset()
 
@@ -41,13 +50,13 @@ def test_training_lowers_the_loss(program: str) -> None:
     assert sum(finite[-5:]) / 5 < 0.9
 
 
-def test_mixed_precision_leaves_out_the_overflow_alone() -> None:
+def test_mixed_precision_skips_only_the_overflow() -> None:
     end = run("mixed_precision.py")
     assert [step for step, loss in enumerate(end["losses"]) if not math.isfinite(loss)] == [50]
     assert end["centers_finite"]
 
 
-def test_plain_loop_reaches_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_loop_separates_the_classes(capsys: pytest.CaptureFixture[str]) -> None:
     end = run("plain_loop.py")
     assert end["accuracy"] > 0.95
     assert end["agreement"] > 0.9
@@ -55,13 +64,26 @@ def test_plain_loop_reaches_what_it_prints(capsys: pytest.CaptureFixture[str]) -
     assert "center agreement" in capsys.readouterr().out
 
 
-def run_apart(program: str, folder: Path, *names: str) -> dict[str, Any]:
-    """The program's variables of these names at its end; it must leave no file behind."""
+Results = dict[str, "Future[dict[str, Any]]"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
+    """Variables of the programs in `OTHER_LIBRARIES`, which run two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            program: pool.submit(run_in_process, program, tmp_path_factory.mktemp("recipe"), names)
+            for program, names in OTHER_LIBRARIES.items()
+        }
+
+
+def run_in_process(program: str, folder: Path, names: list[str]) -> dict[str, Any]:
+    """Runs a program, which must write no file, and returns variables by name."""
     paths = os.pathsep.join(map(str, (RECIPES.parent.parent, RECIPES)))
     ended = subprocess.run(
         [sys.executable, "-m", "tests.helpers.run_recipe", RECIPES / program, *names],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -79,24 +101,23 @@ def check_learning(losses: list[float]) -> None:
 
 
 @pytest.mark.parametrize("program", ["timm_model.py", "neck.py"])
-def test_timm_models_learn(program: str, tmp_path: Path) -> None:
-    check_learning(run_apart(program, tmp_path, "losses")["losses"])
+def test_timm_models_train(program: str, results: Results) -> None:
+    check_learning(results[program].result()["losses"])
 
 
 @pytest.mark.parametrize("program", ["lightning_module.py", "transformers_trainer.py"])
-def test_trainers_resume_with_the_centers_and_evaluate_without_moving_them(
-    program: str, tmp_path: Path
+def test_trainers_save_the_centers_and_evaluate_without_an_update(
+    program: str, results: Results
 ) -> None:
-    names = "losses", "unseen_loss", "resumed_alike", "evaluation_moves"
-    end = run_apart(program, tmp_path, *names)
+    end = results[program].result()
     check_learning(end["losses"])
     assert end["unseen_loss"] < 0.9
     assert end["resumed_alike"]
     assert not end["evaluation_moves"]
 
 
-def test_centers_classify_beside_a_triplet_loss(tmp_path: Path) -> None:
-    end = run_apart("metric_learning.py", tmp_path, "losses", "mined", "accuracy")
+def test_centers_classify_with_a_triplet_loss(results: Results) -> None:
+    end = results["metric_learning.py"].result()
     assert end["accuracy"] > 0.95
     assert end["mined"][-1] < end["mined"][0]
     assert sum(end["losses"][-5:]) / 5 < end["losses"][0] / 2

@@ -1,4 +1,4 @@
-"""Zero, tiny, huge and broken vectors; empty batches; nothing poisons the centers."""
+"""Zero, tiny, huge, NaN and infinite vectors, and empty batches; the centers stay finite."""
 
 import pytest
 import torch
@@ -7,14 +7,16 @@ from torch import Tensor
 
 from separate_loss import SeparateLoss, separate_loss
 from separate_loss import functional as F
-from tests.helpers.properties import Problem, holds_for, problems
+from tests.helpers.properties import Problem, problems, property_test
 
 
 @pytest.mark.parametrize("norm", [1e-18, 1e-12, 1.0, 1e12, 1e18])
 @pytest.mark.parametrize("other_norm", [1e-18, 1.0, 1e18])
 @pytest.mark.parametrize("feature_dim", [1, 3, 64, 512])
-def test_norms_in_float32(norm: float, other_norm: float, feature_dim: int) -> None:
-    """Values and gradients as at norm 1, apart from the factor 1 / norm."""
+def test_the_loss_is_independent_of_norms_in_float32(
+    norm: float, other_norm: float, feature_dim: int
+) -> None:
+    """Gradients have the factor 1 / norm."""
     torch.manual_seed(0)
     units = torch.nn.functional.normalize(torch.randn(6, feature_dim), dim=-1)
     rows = torch.nn.functional.normalize(torch.randn(4, feature_dim), dim=-1)
@@ -34,7 +36,7 @@ def test_norms_in_float32(norm: float, other_norm: float, feature_dim: int) -> N
 
 
 @pytest.mark.parametrize("norm", [1e-150, 1e150])
-def test_norms_in_float64(norm: float) -> None:
+def test_the_loss_is_independent_of_norms_in_float64(norm: float) -> None:
     torch.manual_seed(0)
     features, centers = torch.randn(6, 5).double(), torch.randn(4, 5).double()
     target = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -45,7 +47,7 @@ def test_norms_in_float64(norm: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_zero_vectors(dtype: torch.dtype, kind: str) -> None:
+def test_zero_vectors_have_loss_1_and_no_gradient(dtype: torch.dtype, kind: str) -> None:
     features = torch.zeros(3, 4, dtype=dtype, requires_grad=True)
     centers = torch.zeros(2, 4, dtype=dtype, requires_grad=True)
     target = torch.tensor([0, 1, 1])
@@ -64,7 +66,7 @@ def test_zero_vectors(dtype: torch.dtype, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("center_update", ["paper", "gradient", "none"])
 @pytest.mark.parametrize("size", [0, 1])
-def test_batches_of_no_sample_and_of_one(kind: str, center_update: str, size: int) -> None:
+def test_batches_of_0_and_1_samples_are_finite(kind: str, center_update: str, size: int) -> None:
     criterion = SeparateLoss(3, 4, center_update=center_update)  # type: ignore[arg-type]
     features = torch.randn(size, 4, requires_grad=True)
     target = torch.ones(size, dtype=torch.long) if kind == "indices" else torch.rand(size, 3)
@@ -76,18 +78,20 @@ def test_batches_of_no_sample_and_of_one(kind: str, center_update: str, size: in
     assert features.grad.isfinite().all()
 
 
-def test_an_empty_batch_moves_centers_apart_and_nothing_else() -> None:
+def test_an_empty_batch_moves_centers_apart() -> None:
     criterion = SeparateLoss(3, 4, center_init="uniform", center_lr=0.1)
     before = criterion.centers.clone()
     criterion(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, dtype=torch.long))
     assert F.inter_class_loss(criterion.centers) < F.inter_class_loss(before)
 
 
-broken_values = st.sampled_from([torch.nan, torch.inf, -torch.inf])
+nonfinite_values = st.sampled_from([torch.nan, torch.inf, -torch.inf])
 
 
-@holds_for(problem=problems(reach=3, weighted=False), value=broken_values, data=st.data())
-def test_samples_that_are_not_finite_count_for_nothing_in_the_update(
+@property_test(
+    problem=problems(max_exponent=3, weighted=False), value=nonfinite_values, data=st.data()
+)
+def test_the_update_ignores_samples_that_are_not_finite(
     problem: Problem, value: float, data: st.DataObject
 ) -> None:
     broken = problem.features.clone()
@@ -114,7 +118,7 @@ def test_samples_that_are_not_finite_count_for_nothing_in_the_update(
     torch.testing.assert_close(moved, without)
 
 
-def test_broken_probabilities_leave_every_center_finite() -> None:
+def test_probabilities_that_are_not_finite_keep_centers_finite() -> None:
     torch.manual_seed(0)
     target = torch.rand(6, 3).softmax(-1)
     target[0, 0], target[1, 1] = torch.nan, torch.inf
@@ -124,7 +128,7 @@ def test_broken_probabilities_leave_every_center_finite() -> None:
 
 
 @pytest.mark.parametrize("center_init", ["features", "sphere"])
-def test_training_goes_on_after_a_broken_batch(center_init: str) -> None:
+def test_training_continues_after_a_batch_that_is_not_finite(center_init: str) -> None:
     torch.manual_seed(0)
     criterion = SeparateLoss(3, 4, center_init=center_init)  # type: ignore[arg-type]
     for step in range(10):
@@ -139,8 +143,8 @@ def test_training_goes_on_after_a_broken_batch(center_init: str) -> None:
 
 
 @pytest.mark.parametrize("num_samples", [8, 800])
-def test_centers_of_tiny_norm_that_all_agree(num_samples: int) -> None:
-    """Their push is largest: beside fewer samples than classes it once overflowed."""
+def test_tiny_centers_of_one_direction_stay_finite(num_samples: int) -> None:
+    """Their update is the largest; for fewer samples than classes it once overflowed."""
     torch.manual_seed(0)
     start = torch.zeros(400, 4)
     start[:, 0] = 1e-18

@@ -1,4 +1,4 @@
-"""The gradient for features without its factor 1 / ||x||."""
+"""scale_free=True: the gradient of the features without the factor 1 / ||x||."""
 
 import copy
 from typing import Any
@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jvp, vmap
 from separate_loss import SeparateLoss, SoftmaxSeparateLoss, separate_loss
 from separate_loss.functional import intra_class_loss
 from tests.helpers import reference
-from tests.helpers.properties import REDUCTIONS, Problem, assert_equal, holds_for, problems
+from tests.helpers.properties import REDUCTIONS, Problem, assert_equal, problems, property_test
 
 FUNCTIONS = st.sampled_from([separate_loss, intra_class_loss])
 
@@ -26,22 +26,22 @@ def options_of(problem: Problem) -> dict[str, Any]:
     return {"weight": problem.weight, "ignore_index": problem.ignore_index}
 
 
-@holds_for(problem=problems(reach=3))
-def test_the_gradient_is_that_of_the_paper_times_the_norm(problem: Problem) -> None:
+@property_test(problem=problems(max_exponent=3))
+def test_the_gradient_is_eq_5_times_the_norm(problem: Problem) -> None:
     features, centers = problem.requiring_grad()
     options = options_of(problem)
     loss = separate_loss(features, problem.target, centers, scale_free=True, **options)
     of_features, _ = torch.autograd.grad(loss, (features, centers))
-    x, shares, c = problem.arrays
-    expected = reference.features_gradient(x, shares, c, problem.weights)
-    if not shares.any():
+    x, probabilities, c = problem.arrays
+    expected = reference.features_gradient(x, probabilities, c, problem.weights)
+    if not probabilities.any():
         expected[:] = 0
     norms = problem.features.norm(dim=-1, keepdim=True).numpy()
     assert_equal(of_features, expected * norms, torch.float64)
 
 
-@holds_for(problem=problems(reach=3), reduction=REDUCTIONS, function=FUNCTIONS)
-def test_values_and_the_gradient_for_centers_stay_bit_for_bit(
+@property_test(problem=problems(max_exponent=3), reduction=REDUCTIONS, function=FUNCTIONS)
+def test_the_loss_and_the_gradient_of_centers_do_not_change(
     problem: Problem, reduction: Any, function: Any
 ) -> None:
     results = []
@@ -56,14 +56,14 @@ def test_values_and_the_gradient_for_centers_stay_bit_for_bit(
         assert torch.equal(one, other)
 
 
-@holds_for(
-    problem=problems(reach=1), dtype=st.sampled_from([torch.float64, torch.float32]),
+@property_test(
+    problem=problems(max_exponent=1), dtype=st.sampled_from([torch.float64, torch.float32]),
     seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
-def test_the_size_of_features_does_not_matter(
+def test_the_gradient_is_independent_of_norms(
     problem: Problem, dtype: torch.dtype, seed: int
 ) -> None:
-    """Sample by sample, from 1e-15 to 1e15."""
+    """For factors from 1e-15 to 1e15, one for each sample."""
     problem = problem.to(dtype)
     powers = torch.rand(len(problem.features), generator=torch.Generator().manual_seed(seed))
     factors = 10 ** (30 * powers.unsqueeze(-1).to(dtype) - 15)
@@ -77,7 +77,7 @@ def test_the_size_of_features_does_not_matter(
     assert_equal(gradients[1], gradients[0].double().numpy(), dtype)
 
 
-def test_zero_vectors_get_none() -> None:
+def test_zero_vectors_have_no_gradient() -> None:
     features = torch.randn(3, 4)
     features[1] = 0
     features.requires_grad_()
@@ -87,7 +87,7 @@ def test_zero_vectors_get_none() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_ignored_samples_get_none_whatever_they_hold(value: float) -> None:
+def test_ignored_samples_have_no_gradient(value: float) -> None:
     features = torch.randn(3, 4)
     features[1] = value
     features.requires_grad_()
@@ -99,8 +99,8 @@ def test_ignored_samples_get_none_whatever_they_hold(value: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_keeps_its_type_and_what_is_large(dtype: torch.dtype) -> None:
-    """Eq. 5 itself is too small for float16 where features are this long."""
+def test_half_precision_gradients_do_not_underflow(dtype: torch.dtype) -> None:
+    """Eq. 5 underflows in float16 for features of this norm."""
     features = (torch.randn(2000, 4) * 1e4).to(dtype).requires_grad_()
     target, centers = torch.arange(2000) % 3, torch.randn(3, 4)
     separate_loss(features, target, centers, scale_free=True).backward()
@@ -114,7 +114,7 @@ def test_half_precision_keeps_its_type_and_what_is_large(dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("separation", ["mean", "square"])
-def test_derivatives_are_those_of_a_surrogate(kind: str, separation: Any) -> None:
+def test_derivatives_equal_those_of_a_surrogate(kind: str, separation: Any) -> None:
     """The loss at x + ||x|| (v - x), in v, with x and ||x|| held constant."""
     features = torch.randn(4, 3, dtype=torch.float64)
     centers = torch.randn(5, 3, dtype=torch.float64)
@@ -150,7 +150,7 @@ def test_derivatives_are_those_of_a_surrogate(kind: str, separation: Any) -> Non
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_compiled_code_gives_the_same(kind: str) -> None:
+def test_compiled_gradients_equal_uncompiled_ones(kind: str) -> None:
     def step(features: Tensor, target: Tensor, centers: Tensor) -> Tensor:
         return separate_loss(features, target, centers, scale_free=True)
 
@@ -167,7 +167,9 @@ def test_compiled_code_gives_the_same(kind: str) -> None:
 
 @pytest.mark.parametrize("center_update", ["paper", "gradient", "none"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_modules_move_their_centers_as_without(center_update: Any, autocast: bool) -> None:
+def test_the_centers_of_a_module_move_as_without_scale_free(
+    center_update: Any, autocast: bool
+) -> None:
     plain = SeparateLoss(3, 4, center_update=center_update)
     if center_update == "none":
         plain.centers.normal_()
@@ -188,7 +190,7 @@ def test_modules_move_their_centers_as_without(center_update: Any, autocast: boo
         assert torch.equal(plain.centers, free.centers)
 
 
-def test_the_joint_loss_takes_it() -> None:
+def test_the_joint_loss_scales_its_separate_part_only() -> None:
     head = torch.nn.Linear(4, 3)
     centers = torch.randn(3, 4)
     features, target = torch.randn(5, 4) * 20, torch.tensor([0, 1, 2, 0, 1])
@@ -204,7 +206,7 @@ def test_the_joint_loss_takes_it() -> None:
     )
 
 
-def test_a_functional_call_and_an_ensemble() -> None:
+def test_vmap_over_an_ensemble_equals_a_loop() -> None:
     criterion = SeparateLoss(3, 4, center_update="gradient", scale_free=True)
     features, target = torch.randn(2, 5, 4), torch.tensor([0, 1, 2, 0, 1])
     centers = torch.randn(2, 3, 4)
@@ -219,7 +221,7 @@ def test_a_functional_call_and_an_ensemble() -> None:
 
 
 @pytest.mark.parametrize("value", [1, "yes", None])
-def test_what_is_no_bool_is_refused(value: Any) -> None:
+def test_values_other_than_bool_are_refused(value: Any) -> None:
     vectors, target = torch.randn(3, 4), torch.arange(3)
     for call in (
         lambda: separate_loss(vectors, target, vectors, scale_free=value),

@@ -1,4 +1,4 @@
-"""Centers spread over several processes against all centers in one."""
+"""Centers sharded over several processes, against all centers in one process."""
 
 import functools
 import tempfile
@@ -21,34 +21,37 @@ from separate_loss.functional import separate_loss
 from separate_loss.sharded import ShardedSeparateLoss
 from tests.helpers.processes import run_in
 
-FEATURE_DIM, STEPS = 4, 30
+FEATURE_DIM, STEPS = 4, 12
 SIZES = [2, 3]
-# 2 and 3 divide 6; 7 gives the last of 3 processes one center, and 4 none.
-CLASS_COUNTS = [4, 6, 7]
-INITS = ["features", "tensor"]
-FORMS: dict[str, dict[str, Any]] = {
+# 2 and 3 divide 6 classes. Of 3 processes, the last has one of 7 centers, and none of 4.
+CASES = [
+    ("features", 4, "paper"),
+    ("features", 7, "paper"),
+    ("tensor", 6, "paper"),
+    ("tensor", 7, "paper"),
+    ("tensor", 4, "square"),
+    ("tensor", 7, "square"),
+]
+OPTIONS: dict[str, dict[str, Any]] = {
     "paper": {},
     "square": {"separation": "square", "scale_free": True, "center_lr": 2.0},
 }
-WAYS = [
-    (init, num_classes, form)
-    for form, inits in (("paper", INITS), ("square", ["tensor"]))
-    for init in inits
-    for num_classes in CLASS_COUNTS
-]
+
+Case = tuple[str, int, str]
+"""The start of the centers, the number of classes, and the name of the options."""
 
 Parts = list[tuple[Tensor, Tensor]]
 
 
-def init_of(way: str, num_classes: int) -> Any:
+def center_init_of(init: str, num_classes: int) -> Any:
     generator = torch.Generator().manual_seed(5)
     values = torch.randn(num_classes, FEATURE_DIM, generator=generator, dtype=torch.float64)
     values[1] = 0
-    return values if way == "tensor" else way
+    return values if init == "tensor" else init
 
 
 def steps(size: int, num_classes: int) -> Iterator[Parts]:
-    """Uneven parts, some empty or all ignored; a NaN and an ignored label now and then."""
+    """Uneven parts, some of them empty or ignored; some steps have a NaN or an ignored label."""
     generator = torch.Generator().manual_seed(7)
     for step in range(STEPS):
         parts = []
@@ -67,17 +70,17 @@ def steps(size: int, num_classes: int) -> Iterator[Parts]:
 
 
 Run = tuple[list[Tensor], list[Tensor], Tensor]
-"""Losses and features' gradients of every step, and the centers at the end."""
+"""Losses and gradients of the features of each step, and the centers at the end."""
 
 
-def options_of(init: str, num_classes: int, form: str) -> dict[str, Any]:
-    center_init = init_of(init, num_classes)
-    return {"center_init": center_init, "dtype": torch.float64, **FORMS[form]}
+def options_of(init: str, num_classes: int, options: str) -> dict[str, Any]:
+    center_init = center_init_of(init, num_classes)
+    return {"center_init": center_init, "dtype": torch.float64, **OPTIONS[options]}
 
 
-def follow(rank: int, size: int, init: str, num_classes: int, form: str) -> Run:
-    options = options_of(init, num_classes, form)
-    criterion = ShardedSeparateLoss(num_classes, FEATURE_DIM, **options)
+def run_sharded(rank: int, size: int, case: Case) -> Run:
+    num_classes = case[1]
+    criterion = ShardedSeparateLoss(num_classes, FEATURE_DIM, **options_of(*case))
     losses, gradients = [], []
     for parts in steps(size, num_classes):
         features, target = parts[rank]
@@ -88,15 +91,17 @@ def follow(rank: int, size: int, init: str, num_classes: int, form: str) -> Run:
     return losses, gradients, criterion.centers.full_tensor()
 
 
-def follow_alone(size: int, init: str, num_classes: int, form: str) -> list[Run]:
-    criterion = SeparateLoss(num_classes, FEATURE_DIM, **options_of(init, num_classes, form))
-    as_criterion: dict[str, Any] = {
+def run_alone(size: int, case: Case) -> list[Run]:
+    """The same steps in one process: a run for each part."""
+    num_classes = case[1]
+    criterion = SeparateLoss(num_classes, FEATURE_DIM, **options_of(*case))
+    options: dict[str, Any] = {
         "scale_free": criterion.scale_free, "separation": criterion.separation
     }  # fmt: skip
     runs: list[Run] = [([], [], criterion.centers) for _ in range(size)]
     for parts in steps(size, num_classes):
         for (features, target), (losses, gradients, _) in zip(parts, runs, strict=True):
-            loss = separate_loss(features, target, criterion.centers.clone(), **as_criterion)
+            loss = separate_loss(features, target, criterion.centers.clone(), **options)
             (gradient,) = torch.autograd.grad(loss, features)
             losses.append(loss.detach())
             gradients.append(gradient)
@@ -106,7 +111,7 @@ def follow_alone(size: int, init: str, num_classes: int, form: str) -> list[Run]
 
 
 def train(rank: int, size: int) -> list[Tensor]:
-    """A model on equal parts: its parameters, and the centers."""
+    """Trains a model on equal parts; returns its parameters and the centers."""
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, FEATURE_DIM)).double()
     criterion: Any = SeparateLoss(7, FEATURE_DIM, dtype=torch.float64)
@@ -128,7 +133,7 @@ def train(rank: int, size: int) -> list[Tensor]:
 
 
 class Traffic(TorchDispatchMode):
-    """Records what every collective is given, and the largest result of any operator."""
+    """Records the inputs of collectives, and the size of the largest result of any operator."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -137,7 +142,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            # Of output and input, the input comes last.
+            # The input comes after the output.
             *_, given = (value for value in tree_iter(args) if isinstance(value, Tensor))
             self.sent.append((func.overloadpacket.__name__, given.numel() * given.itemsize))
         result = func(*args, **(kwargs or {}))
@@ -146,8 +151,8 @@ class Traffic(TorchDispatchMode):
         return result
 
 
-def watch(size: int) -> tuple[list[tuple[str, int]], int]:
-    """Each process has one sample of every third class, from three shards in equal number."""
+def measure_traffic(size: int) -> tuple[list[tuple[str, int]], int]:
+    """Each process has samples of the same classes, equally many from each shard."""
     num_classes, samples = 300 * size, 5 * size
     with Traffic() as traffic:
         criterion = ShardedSeparateLoss(num_classes, FEATURE_DIM)
@@ -157,10 +162,10 @@ def watch(size: int) -> tuple[list[tuple[str, int]], int]:
     return traffic.sent[construction:], traffic.largest
 
 
-def other_ways(rank: int) -> dict[str, Any]:
-    """What is compared inside the processes, with the unsharded module beside."""
+def compare_reductions(rank: int) -> dict[str, Any]:
+    """Pairs of results of the sharded and the plain module, computed in one process."""
     torch.manual_seed(rank)
-    start = init_of("tensor", 7)
+    start = center_init_of("tensor", 7)
     features, target = torch.randn(2, 3, FEATURE_DIM), torch.randint(7, (2, 3))
     pairs = {}
     for reduction in ("none", "sum"):
@@ -175,7 +180,7 @@ def other_ways(rank: int) -> dict[str, Any]:
     return pairs
 
 
-def draw() -> dict[str, Tensor]:
+def draw_centers() -> dict[str, Tensor]:
     torch.manual_seed(0)
     inits: Any = ("sphere", "normal", "uniform")
     drawn = {}
@@ -192,7 +197,7 @@ def draw() -> dict[str, Tensor]:
     return drawn
 
 
-def refuse(rank: int, size: int) -> list[str]:
+def make_bad_calls(rank: int, size: int) -> list[str]:
     criterion = ShardedSeparateLoss(7, FEATURE_DIM)
     features = torch.randn(3, FEATURE_DIM)
     broken = ShardedSeparateLoss(7, FEATURE_DIM)
@@ -230,14 +235,14 @@ def load(folder: str) -> Tensor:
 
 
 def run_all(rank: int, size: int, folder: str) -> dict[str, Any]:
-    """All that the tests look at, as starting processes takes longest."""
+    """Runs all tasks in one group of processes, since their start takes longest."""
     return {
-        **{f"follow {way}": follow(rank, size, *way) for way in WAYS},
+        **{str(case): run_sharded(rank, size, case) for case in CASES},
         "train": train(rank, size),
-        "watch": watch(size),
-        "other ways": other_ways(rank),
-        "draw": draw(),
-        "refuse": refuse(rank, size),
+        "traffic": measure_traffic(size),
+        "reductions": compare_reductions(rank),
+        "random centers": draw_centers(),
+        "bad calls": make_bad_calls(rank, size),
         "saved by 3": (save if size == 3 else load)(folder),
     }
 
@@ -256,24 +261,22 @@ def results() -> Iterator[dict[int, list[dict[str, Any]]]]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("way", WAYS)
-def test_many_processes_follow_one(results: Any, size: int, way: tuple[str, int, str]) -> None:
-    expected = follow_alone(size, *way)
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_steps_equal_those_of_one_process(results: Any, size: int, case: Case) -> None:
+    expected = run_alone(size, case)
     for part, whole in zip(results[size], expected, strict=True):
-        torch.testing.assert_close(
-            part[f"follow {way}"], whole, rtol=1e-10, atol=1e-10, equal_nan=True
-        )
+        torch.testing.assert_close(part[str(case)], whole, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_model_learns_the_same(results: Any, size: int) -> None:
+def test_a_model_trains_as_with_one_process(results: Any, size: int) -> None:
     expected = train(0, 1)
     for part in results[size]:
         torch.testing.assert_close(part["train"], expected, rtol=1e-10, atol=1e-10)
 
 
 def collectives(samples: int, size: int) -> list[tuple[str, int]]:
-    """Operators and bytes of a step, as docs/scaling.md counts them."""
+    """Operators and bytes of a step, as docs/benchmarks/sharded.md counts them."""
     return [
         ("alltoall_base_", 8 * 2 * size),  # how many classes go where, and the float type
         ("alltoall_base_", 8 * samples),  # classes
@@ -284,25 +287,25 @@ def collectives(samples: int, size: int) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_what_travels_is_what_the_page_counts(results: Any, size: int) -> None:
+def test_collectives_are_those_that_the_page_counts(results: Any, size: int) -> None:
     for part in results[size]:
-        sent, largest = part["watch"]
+        sent, largest = part["traffic"]
         assert sorted(sent) == sorted(collectives(5 * size, size))
         assert largest <= 300 * FEATURE_DIM
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_reductions_evaluation_and_narrow_centers(results: Any, size: int) -> None:
+def test_reductions_and_modes_equal_those_of_the_plain_module(results: Any, size: int) -> None:
     for part in results[size]:
-        for pairs in part["other ways"].values():
+        for pairs in part["reductions"].values():
             for sharded, whole in pairs:
                 torch.testing.assert_close(sharded, whole)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_random_centers_differ_between_processes(results: Any, size: int) -> None:
+def test_random_centers_differ_between_shards(results: Any, size: int) -> None:
     for part in results[size]:
-        for centers in part["draw"].values():
+        for centers in part["random centers"].values():
             assert centers.unique(dim=0).shape == (40, 8)
 
 
@@ -314,7 +317,8 @@ def test_checkpoints_load_on_other_numbers_of_processes(results: Any) -> None:
             assert torch.equal(part["saved by 3"], saved)
 
 
-EXPECTED = [
+MESSAGES = [
+    # As the calls in make_bad_calls.
     "target must hold class indices (an integer type) where centers are sharded, got torch.float32",
     "target must hold class indices in [0, 7) or ignore_index (-100), got 7",
     "features must have 4 values in the last dimension, as centers have, got shape (3, 3)",
@@ -326,13 +330,13 @@ EXPECTED = [
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_bad_input_is_refused(results: Any, size: int) -> None:
+def test_bad_calls_are_refused(results: Any, size: int) -> None:
     for part in results[size]:
-        for message, expected in zip(part["refuse"], EXPECTED, strict=True):
+        for message, expected in zip(part["bad calls"], MESSAGES, strict=True):
             assert message.startswith(expected)
 
 
-def test_processes_must_have_met() -> None:
+def test_a_process_group_must_be_initialised() -> None:
     assert not dist.is_initialized()
     with pytest.raises(RuntimeError, match=r"call torch.distributed.init_process_group before"):
         ShardedSeparateLoss(3, 4)

@@ -1,4 +1,4 @@
-"""The squared separation, beside loops over all pairs."""
+"""The squared separation of the centers."""
 
 import copy
 from typing import Any
@@ -14,10 +14,10 @@ from torch.func import vmap
 from separate_loss import SeparateLoss, _ops, separate_loss
 from separate_loss.functional import inter_class_loss, update_centers
 from tests.helpers import reference
-from tests.helpers.properties import Problem, assert_equal, holds_for, problems
+from tests.helpers.properties import Problem, assert_equal, problems, property_test
 
 seeds = st.integers(0, 2**32 - 1)
-# Fewer classes than dimensions, as many, and more: the Gram matrix is another one.
+# The Gram matrix is (C, C) if C < d, else (d, d).
 SHAPES = [(2, 1), (2, 5), (4, 4), (5, 4), (9, 2)]
 
 
@@ -34,35 +34,37 @@ def doubles(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-@holds_for(problem=problems(), dtype=st.sampled_from([torch.float64, torch.float32]))
-def test_value_gradient_and_update_are_those_of_the_oracle(
+@property_test(problem=problems(), dtype=st.sampled_from([torch.float64, torch.float32]))
+def test_value_gradient_and_update_equal_the_reference(
     problem: Problem, dtype: torch.dtype
 ) -> None:
     problem = problem.to(dtype)
-    x, shares, c = problem.arrays
+    x, probabilities, c = problem.arrays
     centers = problem.centers.clone().requires_grad_()
     value = square(centers)
-    assert_equal(value, reference.square(c), dtype)
+    assert_equal(value, reference.square_separation(c), dtype)
     (gradient,) = torch.autograd.grad(value, centers)
     norms = problem.centers.double().norm(dim=-1, keepdim=True)
-    expected = torch.from_numpy(2 * reference.square_direction(c)) * norms
+    expected = torch.from_numpy(2 * reference.square_separation_direction(c)) * norms
     assert_equal(gradient.double() * norms, expected.numpy(), dtype)
     for center_lr in (0.5, None):
         moved = update_centers(
             problem.features, problem.target, problem.centers,
             center_lr=center_lr, ignore_index=problem.ignore_index, separation="square",
         )  # fmt: skip
-        rate = reference.rate(shares, len(c)) if center_lr is None else center_lr
-        by_oracle = reference.update_centers(x, shares, c, center_lr, "square")
-        if not shares.any():
-            by_oracle = c - rate * reference.square_direction(c)
+        rate = (
+            reference.default_center_lr(probabilities, len(c)) if center_lr is None else center_lr
+        )
+        expected_centers = reference.update_centers(x, probabilities, c, center_lr, "square")
+        if not probabilities.any():
+            expected_centers = c - rate * reference.square_separation_direction(c)
         size = torch.where(norms > 0, norms.maximum(rate / norms), 1)
-        scaled = torch.from_numpy(by_oracle) / size
+        scaled = torch.from_numpy(expected_centers) / size
         assert_equal(moved.double() / size, scaled.numpy(), dtype)
 
 
-@holds_for(problem=problems(reach=3))
-def test_it_keeps_to_its_bounds(problem: Problem) -> None:
+@property_test(problem=problems(max_exponent=3))
+def test_value_is_within_its_bounds(problem: Problem) -> None:
     num_classes, dim = problem.centers.shape
     value = square(problem.centers)
     assert 0 <= value <= 1 + 1e-12
@@ -70,8 +72,8 @@ def test_it_keeps_to_its_bounds(problem: Problem) -> None:
         assert value >= (num_classes - 1 - dim) / (num_classes * dim) - 1e-12
 
 
-@holds_for(num_classes=st.integers(2, 40), seed=seeds)
-def test_it_is_0_at_the_simplex_and_1_where_all_agree(num_classes: int, seed: int) -> None:
+@property_test(num_classes=st.integers(2, 40), seed=seeds)
+def test_value_is_0_at_the_simplex_and_1_for_equal_directions(num_classes: int, seed: int) -> None:
     torch.manual_seed(seed)
     simplex = torch.eye(num_classes, dtype=torch.float64) - 1 / num_classes
     rotation, _ = torch.linalg.qr(doubles(num_classes, num_classes))
@@ -79,14 +81,15 @@ def test_it_is_0_at_the_simplex_and_1_where_all_agree(num_classes: int, seed: in
     same = doubles(1, 8) * torch.rand(num_classes, 1).double().add(0.1)
     torch.testing.assert_close(square(same).item(), 1.0)
     if num_classes > 3 and num_classes % 2 == 0:
-        # These sum to zero, which is all that Eq. 3 asks for.
+        # These sum to zero and so minimise Eq. 3.
         halves = doubles(num_classes // 2, num_classes)
         assert square(torch.cat([halves, -halves])) > 1e-3
 
 
-@holds_for(problem=problems(reach=3), seed=seeds)
-def test_what_changes_nothing(problem: Problem, seed: int) -> None:
-    """Positive factors, rotations, names of classes."""
+@property_test(problem=problems(max_exponent=3), seed=seeds)
+def test_positive_factors_rotations_and_permutations_change_nothing(
+    problem: Problem, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     centers = problem.centers
@@ -99,13 +102,13 @@ def test_what_changes_nothing(problem: Problem, seed: int) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_derivatives_of_first_and_second_order(shape: tuple[int, int]) -> None:
+def test_first_and_second_derivatives(shape: tuple[int, int]) -> None:
     centers = doubles(*shape).requires_grad_()
-    # One that is zero, and so in no pair.
+    # A zero center is in no pair.
     zero = doubles(1, shape[1]) * 0
 
-    def value(moving: Tensor) -> Tensor:
-        return square(torch.cat([moving[:1], zero, moving[1:]]))
+    def value(centers: Tensor) -> Tensor:
+        return square(torch.cat([centers[:1], zero, centers[1:]]))
 
     assert gradcheck(
         value, centers,
@@ -118,7 +121,7 @@ def test_derivatives_of_first_and_second_order(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_derivatives_of_the_whole_loss(shape: tuple[int, int], kind: str) -> None:
+def test_first_and_second_derivatives_of_the_loss(shape: tuple[int, int], kind: str) -> None:
     features, centers = doubles(3, shape[1]).requires_grad_(), doubles(*shape).requires_grad_()
     target = torch.arange(3) % shape[0]
     if kind == "probabilities":
@@ -132,18 +135,15 @@ def test_derivatives_of_the_whole_loss(shape: tuple[int, int], kind: str) -> Non
 
 
 @pytest.mark.parametrize("shape", [(7, 64), (64, 7)])
-@pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("center_update", ["paper", "gradient"])
-def test_compiled_modules(shape: tuple[int, int], kind: str, center_update: Any) -> None:
+def test_compiled_modules_equal_uncompiled_ones(shape: tuple[int, int], center_update: Any) -> None:
+    """test_compile.py has class probabilities."""
     torch._dynamo.reset()
     plain = SeparateLoss(*shape, center_update=center_update, separation="square")
     twin = copy.deepcopy(plain)
     fast = torch.compile(twin)
-    for size in (8, 8, 5):
-        features = torch.randn(size, shape[1])
-        target = torch.randint(shape[0], (size,))
-        if kind == "probabilities":
-            target = torch.rand(size, shape[0]).softmax(-1)
+    for _ in range(2):
+        features, target = torch.randn(8, shape[1]), torch.randint(shape[0], (8,))
         results = []
         for criterion, call in ((plain, plain), (twin, fast)):
             leaf = features.clone().requires_grad_()
@@ -167,14 +167,14 @@ def test_autocast_changes_nothing() -> None:
         torch.testing.assert_close(value, square(centers), rtol=1e-6, atol=1e-7)
 
 
-def test_vmap_over_several_sets_of_centers() -> None:
+def test_vmap_equals_a_loop() -> None:
     centers = torch.randn(3, 6, 4)
     torch.testing.assert_close(vmap(square)(centers), torch.stack([square(one) for one in centers]))
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("shape", [(40, 6), (6, 40)])
-def test_blocks_change_nothing(
+def test_blocks_of_rows_change_nothing(
     shape: tuple[int, int], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features = torch.randn(8, shape[1])
@@ -193,8 +193,8 @@ def test_blocks_change_nothing(
     torch.testing.assert_close(*results)
 
 
-def test_nothing_of_all_pairs_is_held() -> None:
-    """4,000 classes of 8 features: all pairs would be 64 MB."""
+def test_no_memory_for_all_pairs_of_centers() -> None:
+    """All pairs of 4,000 classes would take 64 MB."""
     criterion = SeparateLoss(4000, 8, separation="square", center_init="sphere")
     features, target = torch.randn(32, 8, requires_grad=True), torch.randint(4000, (32,))
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -203,8 +203,8 @@ def test_nothing_of_all_pairs_is_held() -> None:
     assert 0 < largest < 2**20
 
 
-def test_centers_part_which_eq_3_leaves_together() -> None:
-    """Two pairs of opposite centers sum to zero; the square sees that pairs are close."""
+def test_close_centers_that_sum_to_zero_move_apart() -> None:
+    """Eq. 3 is at its minimum for two pairs of opposite centers, even if the pairs are close."""
     start = torch.tensor([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]])
     start = torch.cat([start, torch.zeros(4, 2)], dim=1) + 1e-3 * torch.randn(4, 4)
     closest = {}
@@ -216,9 +216,9 @@ def test_centers_part_which_eq_3_leaves_together() -> None:
             separation=separation,
             center_lr=2.0,
         )
-        nothing = torch.full((1,), -100)
+        ignored = torch.full((1,), -100)
         for _ in range(500):
-            criterion(torch.randn(1, 4, requires_grad=True), nothing)
+            criterion(torch.randn(1, 4, requires_grad=True), ignored)
         units = torch.nn.functional.normalize(criterion.centers, dim=-1)
         closest[separation] = (units @ units.T - 2 * torch.eye(4)).max()
     assert closest["mean"] > 0.9

@@ -1,4 +1,4 @@
-"""Private parts of PyTorch stand in one module, which does without them where they are missing."""
+"""Private names of PyTorch are used in `_torch` only, which works without them."""
 
 import ast
 from collections.abc import Callable
@@ -17,7 +17,7 @@ PACKAGE = Path(separate_loss.__file__).parent
 
 
 def private_names(path: Path) -> set[str]:
-    """Names with one leading underscore that are asked of anything but the package itself."""
+    """Private attributes and imports that the package does not define itself."""
     tree = ast.parse(path.read_text())
     own = {
         name
@@ -50,7 +50,7 @@ def test_private_names_of_torch_are_used_in_one_module() -> None:
         for path in PACKAGE.rglob("*.py")
         if path.name != "_torch.py"
     }
-    # A hook that every module's subclass may have.
+    # Hooks of torch.nn.Module.
     allowed = {"_load_from_state_dict", "_modules"}
     assert {name: names - allowed for name, names in found.items() if names - allowed} == {}
     assert "_current_graph_task_id" not in private_names(PACKAGE / "functional.py")
@@ -85,7 +85,7 @@ MISSING: list[tuple[Any, str, Callable[[], Any], Any]] = [
 
 
 @pytest.mark.parametrize(("owner", "name", "use", "expected"), MISSING, ids=str)
-def test_each_use_does_without(
+def test_each_function_has_a_fallback(
     owner: Any, name: str, use: Callable[[], Any], expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(owner, name, raising=False)
@@ -93,10 +93,10 @@ def test_each_use_does_without(
 
 
 class Stub:
-    """A tensor, module or node of a release without what is private in this one."""
+    """A tensor, module or node without private attributes."""
 
 
-def test_what_lacks_an_attribute_is_told_so() -> None:
+def test_objects_without_private_attributes_have_a_fallback() -> None:
     stub: Any = Stub()
     assert _torch.metadata_of(stub) == {}
     assert _torch.saved(stub, "dim") is None
@@ -107,7 +107,7 @@ def test_what_lacks_an_attribute_is_told_so() -> None:
 
 @pytest.mark.parametrize(
     "missing",
-    # Torch itself uses the others.
+    # torch itself needs the others.
     [
         entry
         for entry in MISSING
@@ -115,7 +115,7 @@ def test_what_lacks_an_attribute_is_told_so() -> None:
     ],
     ids=lambda entry: entry[1],
 )
-def test_training_works_without(
+def test_training_works_without_private_names(
     missing: tuple[Any, str, Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(missing[0], missing[1], raising=False)
@@ -128,7 +128,7 @@ def test_training_works_without(
     assert criterion.separate.centers.norm(dim=-1).gt(0.5).all()
 
 
-def test_each_use_sees_what_is_there() -> None:
+def test_each_function_uses_the_private_name() -> None:
     seen: list[bool] = []
     tensor = torch.zeros(2, requires_grad=True)
     doubled = tensor * 2

@@ -1,4 +1,4 @@
-"""Number types, autocast, gradient scaling, and tensors of every layout."""
+"""Types, autocast, gradient scaling, and strides."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -44,7 +44,7 @@ def test_float64_stays_float64() -> None:
     "centers_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 )
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_mixed_types_compute_wide_and_give_each_gradient_in_its_own(
+def test_each_gradient_has_the_type_of_its_tensor(
     features_dtype: torch.dtype, centers_dtype: torch.dtype, kind: str
 ) -> None:
     features = torch.randn(8, 4).to(features_dtype).requires_grad_()
@@ -66,10 +66,9 @@ def test_mixed_types_compute_wide_and_give_each_gradient_in_its_own(
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("backward_inside", [False, True])
 def test_autocast_changes_nothing(half: torch.dtype, kind: str, backward_inside: bool) -> None:
-    """Matrix products would else run in half precision.
+    """Matrix products of the loss do not run in half precision.
 
-    They still do in a backward pass inside the region under class probabilities, hence the wider
-    tolerance there.
+    Under class probabilities they do in a backward pass inside the region, hence the tolerance.
     """
     features = torch.randn(64, 32).to(half)
     target = target_of(kind, 64, 10)
@@ -96,7 +95,7 @@ def test_autocast_changes_nothing(half: torch.dtype, kind: str, backward_inside:
 
 
 @pytest.mark.parametrize("center_update", ["paper", "gradient"])
-def test_gradient_scaler_skips_an_overflow_and_goes_on(center_update: Any) -> None:
+def test_training_continues_after_the_gradient_scaler_skips_an_overflow(center_update: Any) -> None:
     model = nn.Linear(6, 4)
     criterion = SeparateLoss(3, 4, center_update=center_update)
     parameters = [*model.parameters(), *criterion.parameters()]
@@ -121,8 +120,7 @@ def test_gradient_scaler_skips_an_overflow_and_goes_on(center_update: Any) -> No
     assert not any(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
 
 
-def test_layouts() -> None:
-    """Transposed, strided, expanded and contiguous tensors of equal values give equal results."""
+def test_strided_and_expanded_tensors_give_the_same_loss() -> None:
     plain = torch.randn(6, 4), torch.randint(5, (6,)), torch.randn(5, 4)
     strided = (
         torch.zeros(12, 8)[::2, ::2].copy_(plain[0]),
@@ -143,8 +141,8 @@ def test_layouts() -> None:
     assert row.grad.isfinite().all()
 
 
-def test_features_that_need_no_gradient() -> None:
-    """A frozen backbone: the centers follow all the same."""
+def test_centers_move_if_features_require_no_gradient() -> None:
+    """As with a frozen backbone."""
     criterion = SeparateLoss(3, 4)
     features, target = torch.randn(8, 4), torch.arange(8) % 3
     assert not criterion(features, target).requires_grad
@@ -161,8 +159,7 @@ def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("center_update", ["paper", "gradient"])
-def test_tensors_without_values(kind: str, center_update: Any) -> None:
-    """Shapes and types flow through, on the meta device and as fake tensors."""
+def test_meta_and_fake_tensors_have_shapes_and_types(kind: str, center_update: Any) -> None:
     for mode, device in ((nullcontext(), "meta"), (FakeTensorMode(), "cpu")):
         with mode, torch.device(device):
             criterion = SeparateLoss(3, 4, center_update=center_update)
@@ -174,7 +171,7 @@ def test_tensors_without_values(kind: str, center_update: Any) -> None:
             assert criterion.centers.device.type == device
 
 
-def test_one_sample_without_a_batch_dimension() -> None:
+def test_a_sample_may_have_no_batch_dimension() -> None:
     sample, centers = torch.randn(4), torch.randn(5, 4)
     for target in (torch.tensor(2), torch.rand(5).softmax(-1)):
         loss = separate_loss(sample, target, centers, reduction="none")

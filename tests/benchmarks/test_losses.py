@@ -83,11 +83,13 @@ def test_island_loss_equals_its_formula(target: Tensor) -> None:
 
 def test_textbook_separate_loss_equals_eq_2_and_3(target: Tensor) -> None:
     loss, grad, grad_centers, features, centers = run(losses.TextbookSeparateLoss(5, 6), target)
-    shares, ones = reference.shares_of(target.numpy(), 5), np.ones(5)
-    expected = float(reference.separate_loss(features, shares, centers, ones, "mean"))
+    probabilities, ones = reference.one_hot(target.numpy(), 5), np.ones(5)
+    expected = float(reference.separate_loss(features, probabilities, centers, ones, "mean"))
     assert loss == pytest.approx(expected)
-    np.testing.assert_allclose(grad, reference.features_gradient(features, shares, centers, ones))
-    step = reference.centers_gradient(features, shares, centers)
+    np.testing.assert_allclose(
+        grad, reference.features_gradient(features, probabilities, centers, ones)
+    )
+    step = reference.centers_gradient(features, probabilities, centers)
     np.testing.assert_allclose(grad_centers, step, atol=1e-14)
 
 

@@ -1,1 +1,1 @@
-"""What several tests share: the oracle, the cases that Hypothesis draws, processes."""
+"""Helpers of several tests."""

@@ -1,6 +1,7 @@
-"""Compiles for two GPUs, without one, every kernel that a step launches: run by test_triton.
+"""Compiles every kernel of a step for two GPU architectures, on a machine without a GPU.
 
-What the launches would hand to the compiler is what it gets: types, and 1 as a constant.
+The compiler gets the same types and constants as in a launch. A test in test_triton_launch.py runs
+this program.
 """
 
 import sys
@@ -16,25 +17,29 @@ from triton.runtime.jit import mangle_type
 
 from separate_loss._triton import step as triton_step
 
-CASES: list[tuple[torch.dtype, torch.dtype, torch.dtype, tuple[int, int, int]]] = [
-    (torch.float32, torch.float32, torch.int64, (128, 512, 7)),
-    (torch.bfloat16, torch.float32, torch.int64, (1, 1, 2)),
-    (torch.float16, torch.float64, torch.uint8, (3, 100, 5000)),
+CASES: list[tuple[list[torch.dtype], tuple[int, int, int], list[int]]] = [
+    ([torch.float32, torch.float32, torch.int64], (128, 512, 7), [80, 90]),
+    ([torch.bfloat16, torch.float32, torch.int64], (1, 1, 2), [80]),
+    ([torch.float16, torch.float64, torch.uint8], (3, 100, 5000), [90]),
 ]
+"""Types of features, centers and target, sizes, and the compute capabilities to compile for."""
+
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
-def launches() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """Kernels and arguments of all cases; the kernels do not run."""
-    recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+def launches() -> Iterator[tuple[Launch, list[int]]]:
+    """Records what each case would launch, with its capabilities; the kernels do not run."""
+    recorded: list[tuple[Launch, list[int]]] = []
+    capabilities: list[int] = []
 
     def record(kernel: Any, _: int, *arguments: Any, **constants: Any) -> None:
-        recorded.append((kernel, arguments, constants))
+        recorded.append(((kernel, arguments, constants), capabilities))
 
     setattr(triton_step, "_launch", record)  # noqa: B010
-    for features_type, centers_type, target_type, (num_samples, d, num_classes) in CASES:
-        features = torch.zeros(num_samples, d, dtype=features_type)
-        centers = torch.zeros(num_classes, d, dtype=centers_type)
-        target = torch.zeros(num_samples, dtype=target_type)
+    for types, (num_samples, d, num_classes), capabilities in CASES:  # noqa: B007
+        features = torch.zeros(num_samples, d, dtype=types[0])
+        centers = torch.zeros(num_classes, d, dtype=types[1])
+        target = torch.zeros(num_samples, dtype=types[2])
         loss, *left = triton_step._read(features, target, centers, -100)
         numbers, rows, samples, classes, total = left
         triton_step._features_gradient(loss, features, target, numbers, rows, samples, -100)
@@ -72,8 +77,8 @@ def compiled(
 
 def main() -> None:
     done = set()
-    for kernel, arguments, constants in launches():
-        for capability in (80, 90):
+    for (kernel, arguments, constants), capabilities in launches():
+        for capability in capabilities:
             binary = compiled(kernel, arguments, constants, capability)
             assert len(binary.asm["cubin"]) > 0
             done.add((kernel.__name__, capability))

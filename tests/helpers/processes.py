@@ -19,12 +19,15 @@ def _worker(rank: int, size: int, folder: str, run: Callable[[int, int], Any]) -
     )
     torch.save(run(rank, size), f"{folder}/{rank}")
     dist.barrier()
-    # To take a gloo group down may abort, or wait for ever on 2.6: its thread needs Python's lock.
+    # destroy_process_group of gloo may abort, or hang on torch 2.6.
     os._exit(0)
 
 
 def run_in(size: int, run: Callable[[int, int], Any]) -> list[Any]:
-    """What `run(rank, size)`, a function of a module, returns in each of `size` processes."""
+    """Returns the results of `run(rank, size)` in each of `size` processes.
+
+    `run` is a function of a module, since it is pickled.
+    """
     with tempfile.TemporaryDirectory() as folder:
         if size == 1:
             return [run(0, 1)]

@@ -1,4 +1,4 @@
-"""What Hypothesis draws, how a property counts its cases, and how close is equal."""
+"""Hypothesis strategies, the decorator of property tests, and comparison with tolerances."""
 
 import functools
 from collections.abc import Callable
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from tests.helpers import reference
 
-cases_drawn = 0
+num_cases = 0
 
 
-def holds_for(**drawn: st.SearchStrategy[Any]) -> Callable[..., Callable[..., None]]:
-    """`given`, marked as a property and counted: `pytest -m properties` selects these tests."""
+def property_test(**drawn: st.SearchStrategy[Any]) -> Callable[..., Callable[..., None]]:
+    """`given`, with the mark `properties` and a count of the cases drawn."""
 
     def decorate(check: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(check)
         def counted(**arguments: object) -> None:
-            global cases_drawn  # noqa: PLW0603
-            cases_drawn += 1
+            global num_cases  # noqa: PLW0603
+            num_cases += 1
             check(**arguments)
 
         test: Callable[..., None] = pytest.mark.properties(given(**drawn)(counted))
@@ -35,7 +35,7 @@ def holds_for(**drawn: st.SearchStrategy[Any]) -> Callable[..., Callable[..., No
 
 @dataclass(frozen=True)
 class Problem:
-    """A batch and centers in the type under test, and in float64 for the oracle."""
+    """A batch and centers, as tensors and as NumPy arrays for the reference."""
 
     features: Tensor
     target: Tensor
@@ -45,12 +45,14 @@ class Problem:
 
     @property
     def arrays(self) -> tuple[reference.Array, reference.Array, reference.Array]:
-        """Features, shares and centers."""
+        """Features, class probabilities and centers."""
         if self.target.is_floating_point():
-            shares = self.target.double().numpy()
+            probabilities = self.target.double().numpy()
         else:
-            shares = reference.shares_of(self.target.numpy(), len(self.centers), self.ignore_index)
-        return self.features.double().numpy(), shares, self.centers.double().numpy()
+            probabilities = reference.one_hot(
+                self.target.numpy(), len(self.centers), self.ignore_index
+            )
+        return self.features.double().numpy(), probabilities, self.centers.double().numpy()
 
     @property
     def weights(self) -> reference.Array:
@@ -66,7 +68,7 @@ class Problem:
         )
 
     def requiring_grad(self) -> tuple[Tensor, Tensor]:
-        """Fresh leaves: features and centers."""
+        """Copies of features and centers that require gradients."""
         return (
             self.features.clone().requires_grad_(),
             self.centers.clone().requires_grad_(),
@@ -74,9 +76,9 @@ class Problem:
 
 
 def _vectors(
-    draw: st.DrawFn, rng: np.random.Generator, shape: tuple[int, int], reach: int
+    draw: st.DrawFn, rng: np.random.Generator, shape: tuple[int, int], max_exponent: int
 ) -> Tensor:
-    """Rows from N(0, 1), a few made repeated, collinear, opposite, zero, tiny or huge."""
+    """Rows from N(0, 1); a few are repeated, collinear, opposite, zero, tiny or huge."""
     vectors = rng.normal(size=shape)
     rows = st.integers(0, shape[0] - 1)
     kinds = st.sampled_from(["repeated", "collinear", "opposite", "zero", "scaled"])
@@ -93,7 +95,7 @@ def _vectors(
         else:
             norm = np.linalg.norm(vectors[row])
             if 1e-3 < norm < 1e3:
-                vectors[row] *= 10.0 ** draw(st.integers(-reach, reach)) / norm
+                vectors[row] *= 10.0 ** draw(st.integers(-max_exponent, max_exponent)) / norm
     return torch.from_numpy(vectors)
 
 
@@ -102,23 +104,27 @@ def problems(
     draw: st.DrawFn,
     *,
     kind: str | None = None,
-    reach: int = 17,
-    least_samples: int = 1,
-    most: tuple[int, int, int] = (64, 40, 64),
+    max_exponent: int = 17,
+    min_samples: int = 1,
+    max_sizes: tuple[int, int, int] = (64, 40, 64),
     weighted: bool | None = None,
     ignoring: bool | None = None,
 ) -> Problem:
-    """A problem in float64; norms from 10^-reach to 10^reach; the last index may be ignored."""
-    num_samples = draw(st.integers(least_samples, most[0]))
-    num_classes = draw(st.integers(2, most[1]))
-    feature_dim = draw(st.integers(1, most[2]))
+    """A problem in float64, with norms from 10^-max_exponent to 10^max_exponent.
+
+    `max_sizes` bounds the numbers of samples, classes and features. Class indices may hold
+    `ignore_index`, and class weights may be given, unless `ignoring` and `weighted` decide.
+    """
+    num_samples = draw(st.integers(min_samples, max_sizes[0]))
+    num_classes = draw(st.integers(2, max_sizes[1]))
+    feature_dim = draw(st.integers(1, max_sizes[2]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    centers = _vectors(draw, rng, (num_classes, feature_dim), reach)
-    features = _vectors(draw, rng, (num_samples, feature_dim), reach)
+    centers = _vectors(draw, rng, (num_classes, feature_dim), max_exponent)
+    features = _vectors(draw, rng, (num_samples, feature_dim), max_exponent)
     aligned = draw(st.sampled_from(["no", "same", "opposite"]))
     ignore_index = -100
     if (kind or draw(st.sampled_from(["indices", "probabilities"]))) == "indices":
-        # Few of the classes, so that some are absent and others repeated.
+        # Few of the classes, so that some are absent and some have several samples.
         present = draw(st.integers(1, num_classes))
         target = torch.from_numpy(rng.integers(0, present, size=num_samples))
         if ignoring or (ignoring is None and draw(st.booleans())):
@@ -139,7 +145,7 @@ def problems(
 
 REDUCTIONS = st.sampled_from(["none", "mean", "sum"])
 
-# Relative to the size of the terms, which are of order 1 before they are divided by a norm.
+# For values of order 1: cosines, and gradients times norms.
 TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 1e-5,
@@ -151,7 +157,7 @@ TOLERANCE = {
 def assert_equal(
     actual: Tensor, expected: reference.Array | float, dtype: torch.dtype, scale: float = 1.0
 ) -> None:
-    """Within the rounding of `dtype`, relative to the larger of `scale` and the expected value."""
+    """Compares with the tolerance of `dtype`, relative to `scale` or the expected value."""
     torch.testing.assert_close(
         actual.detach().double(),
         torch.as_tensor(np.asarray(expected), dtype=torch.float64),

@@ -1,4 +1,4 @@
-"""Public names and their signatures as text; `COMMAND` writes the snapshot."""
+"""The public names and signatures as text; run as a program, it writes the snapshot."""
 
 import importlib
 import inspect
@@ -14,7 +14,7 @@ COMMAND = "python -m tests.helpers.public_api"
 
 
 def public_names() -> dict[str, Any]:
-    """Functions and classes by the name under which they are public."""
+    """Public functions and classes by their full name."""
     names = sorted(found.name for found in pkgutil.iter_modules(separate_loss.__path__))
     public = [separate_loss]
     public += [importlib.import_module(f"separate_loss.{name}") for name in names if name[0] != "_"]
@@ -27,7 +27,7 @@ def public_names() -> dict[str, Any]:
 
 
 def describe() -> str:
-    """Each name with its signature, one argument a line; classes with their methods."""
+    """Each name with its signature, one line for each argument; classes with their methods."""
     return "\n".join(
         line for name, value in public_names().items() for line in _describe(name, value)
     )
@@ -59,7 +59,7 @@ def _arguments(function: Any) -> list[str]:
 
 
 def _type(annotation: Any) -> str:
-    """Alike in every version of Python, and wherever torch keeps its classes."""
+    """The name of a type, the same in every version of Python and torch."""
     if isinstance(annotation, str):
         return annotation
     if annotation in (None, types.NoneType):

@@ -1,8 +1,8 @@
-"""The oracle: Eq. 1 to 8 of the paper in NumPy, float64 and plain loops.
+"""The reference implementation: Eq. 1 to 8 of the paper in NumPy, float64 and plain loops.
 
-Written from the equations and independent of the package. `shares` (N, C) says how much of each
-sample belongs to each class: a row of zeros with a single 1 under class indices, a row of zeros for
-an ignored sample. A zero vector has cosine 0 with everything, and no derivative.
+It is written from the equations and imports nothing from the package. `probabilities` (N, C) are
+class probabilities: one-hot rows for class indices, and rows of zeros for ignored samples. A zero
+vector has cosine 0 with every vector, and derivative 0.
 """
 
 import numpy as np
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-def shares_of(target: NDArray[np.int64], num_classes: int, ignore_index: int = -100) -> Array:
-    shares = np.zeros((len(target), num_classes))
+def one_hot(target: NDArray[np.int64], num_classes: int, ignore_index: int = -100) -> Array:
+    probabilities = np.zeros((len(target), num_classes))
     for i, label in enumerate(target):
         if label != ignore_index:
-            shares[i, label] = 1
-    return shares
+            probabilities[i, label] = 1
+    return probabilities
 
 
 def cosine(a: Array, b: Array) -> float:
@@ -29,25 +29,27 @@ def similarity(a: Array, b: Array) -> float:
     return (cosine(a, b) + 1) / 2
 
 
-def masses(shares: Array, weight: Array) -> Array:
-    mass = np.zeros(len(shares))
-    for i in range(len(shares)):
+def sample_weights(probabilities: Array, weight: Array) -> Array:
+    weights = np.zeros(len(probabilities))
+    for i in range(len(probabilities)):
         for j in range(len(weight)):
-            mass[i] += shares[i, j] * weight[j]
-    return mass
+            weights[i] += probabilities[i, j] * weight[j]
+    return weights
 
 
-def intra_terms(features: Array, shares: Array, centers: Array, weight: Array) -> Array:
-    """The summands of Eq. 2, times their weights."""
+def intra_terms(features: Array, probabilities: Array, centers: Array, weight: Array) -> Array:
+    """The summands of Eq. 2, times the sample weights."""
     terms = np.zeros(len(features))
     for i in range(len(features)):
         for j in range(len(centers)):
-            if shares[i, j] != 0:
-                terms[i] += shares[i, j] * weight[j] * (1 - similarity(features[i], centers[j]))
+            if probabilities[i, j] != 0:
+                terms[i] += (
+                    probabilities[i, j] * weight[j] * (1 - similarity(features[i], centers[j]))
+                )
     return terms
 
 
-def inter(centers: Array) -> float:
+def inter_loss(centers: Array) -> float:
     """Eq. 3."""
     num_classes = len(centers)
     total = 0.0
@@ -59,58 +61,60 @@ def inter(centers: Array) -> float:
 
 
 def intra_loss(
-    features: Array, shares: Array, centers: Array, weight: Array, reduction: str
+    features: Array, probabilities: Array, centers: Array, weight: Array, reduction: str
 ) -> Array:
-    """Eq. 2, alone."""
-    terms = intra_terms(features, shares, centers, weight)
-    return _reduce(terms, masses(shares, weight), 0.0, reduction)
+    """Eq. 2."""
+    terms = intra_terms(features, probabilities, centers, weight)
+    return _reduce(terms, sample_weights(probabilities, weight), 0.0, reduction)
 
 
 def separate_loss(
-    features: Array, shares: Array, centers: Array, weight: Array, reduction: str
+    features: Array, probabilities: Array, centers: Array, weight: Array, reduction: str
 ) -> Array:
     """Eq. 4."""
-    terms = intra_terms(features, shares, centers, weight)
-    return _reduce(terms, masses(shares, weight), inter(centers), reduction)
+    terms = intra_terms(features, probabilities, centers, weight)
+    return _reduce(terms, sample_weights(probabilities, weight), inter_loss(centers), reduction)
 
 
-def _reduce(terms: Array, mass: Array, inter_loss: float, reduction: str) -> Array:
+def _reduce(terms: Array, weights: Array, inter: float, reduction: str) -> Array:
     if reduction == "none":
-        return terms + mass * inter_loss
+        return terms + weights * inter
     if reduction == "sum":
-        return np.asarray(terms.sum() + mass.sum() * inter_loss)
-    return np.asarray((terms.sum() / mass.sum() if mass.sum() > 0 else 0.0) + inter_loss)
+        return np.asarray(terms.sum() + weights.sum() * inter)
+    return np.asarray((terms.sum() / weights.sum() if weights.sum() > 0 else 0.0) + inter)
 
 
 def derivative(of: Array, along: Array) -> Array:
-    """The derivative of cos(of, along) for `of`, as it stands in Eq. 5, 6 and 7."""
+    """The derivative of cos(of, along) for `of`, as in Eq. 5, 6 and 7."""
     a, b = float(np.linalg.norm(of)), float(np.linalg.norm(along))
     if a == 0 or b == 0:
         return np.zeros_like(of)
     return along / (a * b) - (of @ along) * of / (a**3 * b)
 
 
-def features_gradient(features: Array, shares: Array, centers: Array, weight: Array) -> Array:
-    """Eq. 5; the mean under weights in place of 1/m."""
+def features_gradient(
+    features: Array, probabilities: Array, centers: Array, weight: Array
+) -> Array:
+    """Eq. 5, with the weighted mean in place of 1/m."""
     gradient = np.zeros_like(features)
-    mass = masses(shares, weight).sum()
+    weights = sample_weights(probabilities, weight).sum()
     for i in range(len(features)):
         for j in range(len(centers)):
-            if shares[i, j] * weight[j] != 0:
+            if probabilities[i, j] * weight[j] != 0:
                 pull = derivative(features[i], centers[j])
-                gradient[i] -= shares[i, j] * weight[j] / (2 * mass) * pull
+                gradient[i] -= probabilities[i, j] * weight[j] / (2 * weights) * pull
     return gradient
 
 
-def intra_direction(features: Array, shares: Array, centers: Array) -> Array:
+def intra_direction(features: Array, probabilities: Array, centers: Array) -> Array:
     """Eq. 6."""
     direction = np.zeros_like(centers)
-    samples = shares.sum()
+    samples = probabilities.sum()
     for j in range(len(centers)):
-        count = shares[:, j].sum()
+        count = probabilities[:, j].sum()
         for i in range(len(features)):
-            if shares[i, j] != 0:
-                pull = shares[i, j] * derivative(centers[j], features[i])
+            if probabilities[i, j] != 0:
+                pull = probabilities[i, j] * derivative(centers[j], features[i])
                 direction[j] -= pull / (2 * samples * (1 + count))
     return direction
 
@@ -129,25 +133,27 @@ def inter_direction(centers: Array) -> Array:
 
 def update_centers(
     features: Array,
-    shares: Array,
+    probabilities: Array,
     centers: Array,
     center_lr: float | None,
     separation: str = "mean",
 ) -> Array:
-    """Eq. 8 with alpha as given or as `rate` has it."""
-    intra = intra_direction(features, shares, centers)
-    apart = inter_direction(centers) if separation == "mean" else square_direction(centers)
-    alpha = rate(shares, len(centers)) if center_lr is None else center_lr
+    """Eq. 8; without `center_lr`, alpha is `default_center_lr`."""
+    intra = intra_direction(features, probabilities, centers)
+    apart = (
+        inter_direction(centers) if separation == "mean" else square_separation_direction(centers)
+    )
+    alpha = default_center_lr(probabilities, len(centers)) if center_lr is None else center_lr
     return centers - alpha * (intra + apart)
 
 
-def rate(shares: Array, num_classes: int) -> float:
-    """A tenth of the samples, of one at least, up to twice the sum that Eq. 7 takes to zero."""
-    return float(min(0.1 * (shares.sum() or 1), 4 * (num_classes - 1)))
+def default_center_lr(probabilities: Array, num_classes: int) -> float:
+    """0.1 times the number of samples (1 for none), at most 4 (C - 1)."""
+    return float(min(0.1 * (probabilities.sum() or 1), 4 * (num_classes - 1)))
 
 
-def square(centers: Array) -> float:
-    """The mean squared distance of each pair's cosine from the simplex, over the greatest."""
+def square_separation(centers: Array) -> float:
+    """The squared separation: squared distances of cosines from -1 / (C - 1), scaled to [0, 1]."""
     num_classes = len(centers)
     a = 1 / (num_classes - 1)
     total = 0.0
@@ -158,8 +164,8 @@ def square(centers: Array) -> float:
     return total / (num_classes * (num_classes - 1) * (1 + a) ** 2)
 
 
-def square_direction(centers: Array) -> Array:
-    """Half of the gradient of `square`."""
+def square_separation_direction(centers: Array) -> Array:
+    """Half of the gradient of `square_separation`."""
     num_classes = len(centers)
     a = 1 / (num_classes - 1)
     direction = np.zeros_like(centers)
@@ -171,11 +177,11 @@ def square_direction(centers: Array) -> Array:
     return direction
 
 
-def centers_gradient(features: Array, shares: Array, centers: Array) -> Array:
+def centers_gradient(features: Array, probabilities: Array, centers: Array) -> Array:
     """The gradient of Eq. 4 for the centers: Eq. 6 without 1 + n_j, and Eq. 7 twice."""
-    intra = intra_direction(features, shares, centers)
+    intra = intra_direction(features, probabilities, centers)
     for j in range(len(centers)):
-        intra[j] *= 1 + shares[:, j].sum()
+        intra[j] *= 1 + probabilities[:, j].sum()
     return intra + 2 * inter_direction(centers)
 
 
@@ -189,7 +195,7 @@ def class_centers(features: Array, target: NDArray[np.int64], num_classes: int) 
 
 
 def intra_class_similarity(features: Array, target: NDArray[np.int64], centers: Array) -> Array:
-    """Mean plain cosine of each class's features to its center."""
+    """The mean cosine of each class's features to its center."""
     figures = np.full(len(centers), np.nan)
     for j in range(len(centers)):
         members = [cosine(features[i], centers[j]) for i in range(len(features)) if target[i] == j]
@@ -199,7 +205,7 @@ def intra_class_similarity(features: Array, target: NDArray[np.int64], centers: 
 
 
 def inter_class_similarity(centers: Array) -> Array:
-    """Mean plain cosine of each center to the others; centers of NaN are absent."""
+    """The mean cosine of each center to the others; rows of NaN are absent classes."""
     present = [j for j in range(len(centers)) if not np.isnan(centers[j]).any()]
     figures = np.full(len(centers), np.nan)
     if len(present) > 1:

@@ -1,10 +1,12 @@
-"""What older releases of torch cannot do; docs/guide.md says so to users."""
+"""Features that older releases of torch lack; docs/guide.md lists them."""
 
 import pytest
 
 from separate_loss._torch import RELEASE, compiler_moves_buffers
 
-# Before 2.8 a module that moves its centers runs uncompiled within compiled code.
+# Before 2.8, a module that updates its centers runs uncompiled within compiled code.
 COMPILES_UPDATES = compiler_moves_buffers()
-# FSDP2 of 2.6 needs streams, which the CPU has none of.
-needs_sharding_on_cpu = pytest.mark.skipif(RELEASE < (2, 7), reason="FSDP2 on the CPU came in 2.7")
+# FSDP2 of 2.6 needs streams, which a CPU does not have.
+needs_sharding_on_cpu = pytest.mark.skipif(
+    RELEASE < (2, 7), reason="FSDP2 on the CPU needs torch 2.7"
+)

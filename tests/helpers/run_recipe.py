@@ -1,4 +1,4 @@
-"""Runs a recipe, then prints variables of it as JSON: arguments are its path and their names."""
+"""Runs a recipe and prints variables as JSON; arguments: the path, then the variables' names."""
 
 import json
 import runpy
