@@ -141,13 +141,10 @@ class _GatherCenters(Function):
             grad = _add(grad, (grad_norms / norms).unsqueeze(-1) * centers)
         if grad_units is not None:
             rows = tangent(grad_units, units) / norms.index_select(0, index).unsqueeze(-1)
-            # Under a graph or a transform the two may differ in kind.
-            if grad is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-                # The compiler of torch 2.6 scatters wrongly by a saved index, not by a computed one.
-                zeros = rows.new_zeros(centers.shape)
-                grad = _add(grad, zeros.index_add(0, index + 0, rows))
-            else:
-                grad.index_add_(0, index, rows)
+            grad = rows.new_zeros(centers.shape) if grad is None else grad
+            # With a graph or under a transform, one of the two may be of another kind.
+            add = grad.index_add if torch.is_grad_enabled() else grad.index_add_
+            grad = add(0, index, rows)
         return grad, None
 
     @staticmethod
