@@ -25,6 +25,24 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
         return left @ right
 
 
+def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
+    """The product weights @ rows, of (C,) and (C, d)."""
+    if len(rows) < 2 or not has_values(rows):
+        return matmul(weights, rows)
+    # The CPU runs one product with a vector on one thread, and two of them on two.
+    even = len(rows) // 2 * 2
+    halves = weights[:even].view(2, 1, -1), rows[:even].reshape(2, -1, rows.shape[1])
+    return matmul(*halves).sum((0, 1)) + matmul(weights[even:], rows[even:])
+
+
+def row_products(rows: Tensor, vector: Tensor) -> Tensor:
+    """The product rows @ vector, of (C, d) and (d,)."""
+    if not has_values(rows):
+        return matmul(rows, vector)
+    products = [(block * vector).sum(-1) for (block,) in row_blocks(rows)]
+    return torch.cat(products) if len(products) > 1 else products[0]
+
+
 def clamp_value(value: Tensor, lower: Any, upper: Any) -> Tensor:
     """Clamps rounding errors past the bounds; the derivative is that of the identity."""
     return value + (value.clamp(lower, upper) - value).detach()
@@ -112,7 +130,7 @@ class _GatherCenters(Function):
         norms_of, sums = [], []
         for (block,) in row_blocks(centers):
             norms_of.append(vector_norms(block))
-            sums.append(matmul(norms_of[-1].reciprocal(), block))
+            sums.append(weighted_sum(norms_of[-1].reciprocal(), block))
         norms, center_sum = torch.cat(norms_of), torch.stack(sums).sum(0)
         units = centers.index_select(0, index) / norms.index_select(0, index).unsqueeze(-1)
         return units, center_sum, norms
