@@ -14,6 +14,8 @@ from separate_loss._tracing import closed_form, has_values
 
 # Values in a block of rows. A block stays in the processor's cache over several operators.
 BLOCK_SIZE = 2**20
+# The CPU runs a product with a vector on one thread. From this size on, other forms are faster.
+MIN_PARALLEL_SIZE = BLOCK_SIZE // 2
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -27,9 +29,8 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
 def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
     """The product weights @ rows, of (C,) and (C, d)."""
-    if len(rows) < 2 or not has_values(rows):
+    if rows.numel() < MIN_PARALLEL_SIZE or not has_values(rows):
         return matmul(weights, rows)
-    # The CPU runs one product with a vector on one thread, and two of them on two.
     even = len(rows) // 2 * 2
     halves = weights[:even].view(2, 1, -1), rows[:even].reshape(2, -1, rows.shape[1])
     return matmul(*halves).sum((0, 1)) + matmul(weights[even:], rows[even:])
@@ -37,10 +38,9 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
 
 def row_products(rows: Tensor, vector: Tensor) -> Tensor:
     """The product rows @ vector, of (C, d) and (d,)."""
-    if not has_values(rows):
+    if rows.numel() < MIN_PARALLEL_SIZE or not has_values(rows):
         return matmul(rows, vector)
-    products = [(block * vector).sum(-1) for (block,) in row_blocks(rows)]
-    return torch.cat(products) if len(products) > 1 else products[0]
+    return (rows * vector).sum(-1)
 
 
 def clamp_value(value: Tensor, lower: Any, upper: Any) -> Tensor:
