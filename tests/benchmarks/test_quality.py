@@ -169,3 +169,9 @@ def test_data_without_files_are_left_out_or_refused(
     with pytest.raises(SystemExit):
         main(["quality", "--faces", str(tmp_path / "absent.csv"), "--output", str(tmp_path)])
     assert "absent.csv" in capsys.readouterr().err
+    faces_path, weights = tmp_path / "faces.npz", tmp_path / "weights.pth"
+    np.savez(faces_path, **dict(some_faces(False)._asdict()))
+    weights.write_bytes(b"another model")
+    with pytest.raises(SystemExit):
+        main(["quality", "--faces", str(faces_path), "--weights", str(weights)])
+    assert "whose SHA-256 starts with b0353104, got" in capsys.readouterr().err
