@@ -57,7 +57,7 @@ def check_tensor(name: str, value: Tensor) -> None:
     if type(value).__name__ == "DTensor":
         raise TypeError(
             f"{name} must be a plain tensor, got a DTensor; pass its full_tensor(), or its "
-            "to_local() where each process holds samples of its own"
+            "to_local() if each process has its own samples"
         )
 
 

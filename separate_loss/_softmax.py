@@ -393,10 +393,10 @@ def _smooth(target: Tensor, separate: SeparateLoss, label_smoothing: float) -> T
     """The target as class probabilities with label smoothing."""
     if label_smoothing == 0:
         return target
-    num_classes, kept = separate.num_classes, None
+    num_classes, mask = separate.num_classes, None
     if not target.is_floating_point():
-        index, kept = mask_ignored(target, num_classes, separate.ignore_index)
+        index, mask = mask_ignored(target, num_classes, separate.ignore_index)
         target = nn.functional.one_hot(index, num_classes).to(separate.centers.dtype)
     smooth = target * (1 - label_smoothing) + label_smoothing / num_classes
     # A row of zeros has weight 0.
-    return smooth if kept is None else smooth * kept.unsqueeze(-1)
+    return smooth if mask is None else smooth * mask.unsqueeze(-1)

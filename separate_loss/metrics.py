@@ -90,15 +90,15 @@ class ClassStatistics:
                 f"got shape {tuple(features.shape)}"
             )
         check_device("features", features, "the statistics", self.sums)
-        index, kept = mask_ignored(target.reshape(-1), num_classes, self.ignore_index)
+        index, mask = mask_ignored(target.reshape(-1), num_classes, self.ignore_index)
         vectors = _wide(features.reshape(-1, feature_dim))
-        counted = torch.ones_like(vectors[:, 0])
-        if kept is not None:
-            counted = counted.where(kept, 0)
-            vectors = vectors.where(kept.unsqueeze(-1), 0)
+        valid = torch.ones_like(vectors[:, 0])
+        if mask is not None:
+            valid = valid.where(mask, 0)
+            vectors = vectors.where(mask.unsqueeze(-1), 0)
         self.sums.index_add_(0, index, vectors)
         self.unit_sums.index_add_(0, index, normalize(vectors)[0])
-        self.counts.index_add_(0, index, counted)
+        self.counts.index_add_(0, index, valid)
         return self
 
     def class_centers(self) -> Tensor:
