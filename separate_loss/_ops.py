@@ -190,16 +190,19 @@ def _add(grad: Tensor | None, more: Tensor) -> Tensor:
     return more if grad is None else grad + more
 
 
-def gram_matrix(centers: Tensor, *, by_class: bool | None = None) -> Tensor:
+def gram_matrix(units: Tensor, *, by_class: bool | None = None) -> Tensor:
     """The Gram matrix of unit centers: of classes (C, C) if C < d, else of dimensions (d, d)."""
-    num_classes, feature_dim = centers.shape
-    if num_classes < feature_dim if by_class is None else by_class:
-        units, _ = normalize(centers)
-        return matmul(units, units.mT)
-    gram = centers.new_zeros(feature_dim, feature_dim)
-    for (block,) in row_blocks(centers):
-        units, _ = normalize(block)
-        gram = gram + matmul(units.mT, units)
+    by_class = len(units) < units.shape[1] if by_class is None else by_class
+    return matmul(units, units.mT) if by_class else matmul(units.mT, units)
+
+
+def gram_of_centers(centers: Tensor, *, by_class: bool | None = None) -> Tensor:
+    """`gram_matrix` of the unit centers; that of dimensions without a copy of all centers."""
+    by_class = len(centers) < centers.shape[1] if by_class is None else by_class
+    first, *others = [(centers,)] if by_class else row_blocks(centers)
+    gram = gram_matrix(normalize(*first)[0], by_class=by_class)
+    for block in others:
+        gram = gram + gram_matrix(normalize(*block)[0], by_class=by_class)
     return gram
 
 

@@ -27,10 +27,15 @@ def separation(
         pairs = 2 * num_classes * (num_classes - 1)
         value = 0.5 + (squared - num_nonzero) / pairs
         return clamp_value(value, (num_classes - 2) / (2 * (num_classes - 1)), 1)
-    a, scale = 1 / (num_classes - 1), (num_classes - 1) / num_classes**3
+    a, scale = _square_constants(num_classes)
     pairs_of_nonzero = num_nonzero * (num_nonzero - 1)
     value = gram.square().sum() - num_nonzero + 2 * a * (squared - num_nonzero)
     return clamp_value((value + a * a * pairs_of_nonzero) * scale, 0, 1)
+
+
+def _square_constants(num_classes: int) -> tuple[float, float]:
+    """a, and 1 / (C (C - 1) (1 + a)^2)."""
+    return 1 / (num_classes - 1), (num_classes - 1) / num_classes**3
 
 
 def separation_gradient(
@@ -43,7 +48,7 @@ def separation_gradient(
     """
     if gram is None:
         return center_sum / (num_classes * (num_classes - 1)), None
-    a, scale = 1 / (num_classes - 1), (num_classes - 1) / num_classes**3
+    a, scale = _square_constants(num_classes)
     return center_sum * (4 * a * scale), gram * (4 * scale)
 
 

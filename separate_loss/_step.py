@@ -8,7 +8,14 @@ from torch import Tensor
 from separate_loss._batch import Batch, Options, check_arguments, prepare_batch
 from separate_loss._checks import Reduction
 from separate_loss._distributed import all_reduce_sums
-from separate_loss._ops import clamp_value, gather_centers, gram_matrix, matmul, normalize
+from separate_loss._ops import (
+    clamp_value,
+    gather_centers,
+    gram_matrix,
+    gram_of_centers,
+    matmul,
+    normalize,
+)
 from separate_loss._separation import count_nonzero, separation
 from separate_loss._tracing import has_values
 from separate_loss._triton.backend import kernels_for
@@ -59,14 +66,16 @@ def run_step(
     # Many samples of few classes: all unit centers are less work than a row for each sample. The
     # compiler fuses that work. The sum of unit centers must be the same in all processes.
     few_classes = not torch.compiler.is_compiling() and len(centers) <= len(batch.features)
+    square = options.separation == "square"
     by_class = batch.target.is_floating_point() or group is not None or few_classes
     if by_class:
         unit_centers, norms = normalize(batch.centers)
         target_centers, center_sum = expected_centers(batch, unit_centers), unit_centers.sum(0)
+        gram = gram_matrix(unit_centers) if square else None
     else:
         target_centers, center_sum, norms = gather_centers(batch.centers, batch.target)
+        gram = gram_of_centers(batch.centers) if square else None
     similarity = intra_class(batch, target_centers)
-    gram = gram_matrix(batch.centers) if options.separation == "square" else None
     inter = separation(center_sum, gram, count_nonzero(norms), len(norms))
 
     intra = reduce(similarity.loss, batch.sample_weight, None, "mean")

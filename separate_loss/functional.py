@@ -25,7 +25,7 @@ from separate_loss._checks import (
     check_device,
     check_vectors,
 )
-from separate_loss._ops import clamp_value, gather_centers, gram_matrix, normalize
+from separate_loss._ops import clamp_value, gather_centers, gram_of_centers, normalize
 from separate_loss._separation import count_nonzero
 from separate_loss._separation import separation as separation_of
 from separate_loss._step import expected_centers, intra_class, reduce, run_step
@@ -165,7 +165,7 @@ def inter_class_loss(centers: Tensor, *, separation: Separation = "mean") -> Ten
     centers = centers.to(compute_dtype(centers))
     no_samples = torch.zeros(0, dtype=torch.long, device=centers.device)
     _, center_sum, norms = gather_centers(centers, no_samples)
-    gram = gram_matrix(centers) if separation == "square" else None
+    gram = gram_of_centers(centers) if separation == "square" else None
     return separation_of(center_sum, gram, count_nonzero(norms), len(norms))
 
 

@@ -23,7 +23,7 @@ from separate_loss._checks import (
 )
 from separate_loss._distributed import check_same_dtype
 from separate_loss._modules import Terms, init_centers_
-from separate_loss._ops import gather_centers, gram_matrix
+from separate_loss._ops import gather_centers, gram_of_centers
 from separate_loss._separation import count_nonzero, separation
 from separate_loss._step import class_sums, finite_samples, intra_class, reduce
 from separate_loss._update import CenterStatistics, update_centers_
@@ -175,7 +175,7 @@ class ShardedSeparateLoss(nn.Module):
             sums, counts = class_sums(units, class_of_sample, valid, len(classes))
             gram = None
             if self.separation == "square":
-                gram = gram_matrix(batch.centers, by_class=False)
+                gram = gram_of_centers(batch.centers, by_class=False)
             num_nonzero, num_samples, center_sum, gram = _all_reduce(
                 exchange.group, count_nonzero(norms), counts.sum(), center_sum, gram
             )
