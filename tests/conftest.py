@@ -1,6 +1,7 @@
 """Hypothesis profiles: `ci` draws the same cases in each run, `fuzz` draws many new ones."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -22,13 +23,20 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.fixture(autouse=True)
+def fresh_state() -> None:
+    """Seeds random numbers, and forgets what earlier tests compiled."""
+    torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
 @pytest.fixture
 def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the Triton kernels, in the interpreter, for each step that they support."""
     from separate_loss._triton import backend, step  # noqa: PLC0415 - needs Triton
 
     assert step.INTERPRETED
-    torch.manual_seed(0)
     monkeypatch.setattr(backend, "BACKEND", "triton")
 
 

@@ -16,12 +16,6 @@ NUM_CLASSES, FEATURE_DIM = 7, 16
 SIZES = [8, 5, 32, 17]
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 def batch(kind: str, size: int) -> tuple[Tensor, Tensor]:
     features = torch.randn(size, FEATURE_DIM)
     if kind == "probabilities":

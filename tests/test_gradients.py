@@ -22,11 +22,6 @@ def doubles(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def features() -> Tensor:
     return doubles(NUM_SAMPLES, FEATURE_DIM).requires_grad_()

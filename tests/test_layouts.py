@@ -16,11 +16,6 @@ NUM_CLASSES, FEATURE_DIM = 4, 6
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 class Transposed(nn.Module):
     """A linear layer over dimension 1; the loss cannot see that from its type."""
 

@@ -18,11 +18,6 @@ from tests.helpers.properties import REDUCTIONS, Problem, problems, property_tes
 NUM_CLASSES, FEATURE_DIM = 5, 4
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def batch(size: int = 8) -> tuple[Tensor, Tensor]:
     features = torch.randn(size, FEATURE_DIM, requires_grad=True)
     return features, torch.randint(NUM_CLASSES, (size,))

@@ -14,11 +14,6 @@ INDEX = torch.tensor([0, 2, 2, 4])  # class 2 twice, classes 1 and 3 absent
 Operator = Callable[[Tensor], tuple[Tensor, ...]]
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def plain_normalize(vectors: Tensor) -> tuple[Tensor, Tensor]:
     norms = vectors.square().sum(-1).sqrt()
     return vectors / norms.unsqueeze(-1), norms

@@ -17,11 +17,6 @@ from tests.helpers.properties import REDUCTIONS, Problem, assert_equal, problems
 FUNCTIONS = st.sampled_from([separate_loss, intra_class_loss])
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def options_of(problem: Problem) -> dict[str, Any]:
     return {"weight": problem.weight, "ignore_index": problem.ignore_index}
 

@@ -21,11 +21,6 @@ from tests.helpers.heads import (
 from tests.helpers.models import Attention, Residual
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def run_with_features(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """Features and logits of a model, by a forward hook."""
     features: list[Tensor] = []

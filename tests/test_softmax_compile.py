@@ -14,12 +14,6 @@ from tests.helpers.models import Attention, Residual
 from tests.helpers.releases import COMPILES_UPDATES
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-
-
 def train(
     model: Any, criterion: SoftmaxSeparateLoss, step: Any, batches: list[tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:

@@ -25,12 +25,6 @@ from tests.helpers.heads import (
 )
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-
-
 class ModelWithLoss(nn.Module):
     """A model with its loss as a submodule, in either order."""
 

@@ -21,13 +21,6 @@ from tests.helpers.heads import (
 )
 from tests.helpers.properties import property_test
 
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-
-
 # Operators between the head and the loss. The first group changes values alone, the second shapes.
 # Whether the second keeps the order of samples and classes depends on the sizes.
 VALUES: dict[str, Callable[[Tensor], Tensor]] = {

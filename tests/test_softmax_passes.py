@@ -26,12 +26,6 @@ from tests.helpers.heads import (
 from tests.helpers.properties import property_test
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-
-
 @property_test(
     mode=st.sampled_from(MODES[:3]),
     order=st.permutations(range(4)),

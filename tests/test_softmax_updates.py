@@ -20,12 +20,6 @@ from tests.helpers.heads import (
 )
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("mode", ["graph", "compiled"])
 def test_centers_move_only_while_the_head_is_in_training(mode: str) -> None:
     """Without `no_grad`, validation or an adversarial attack must not move centers either."""

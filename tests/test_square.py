@@ -21,11 +21,6 @@ seeds = st.integers(0, 2**32 - 1)
 SHAPES = [(2, 1), (2, 5), (4, 4), (5, 4), (9, 2)]
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def square(centers: Tensor) -> Tensor:
     return inter_class_loss(centers, separation="square")
 

@@ -14,11 +14,6 @@ from separate_loss import functional as F
 HALVES = [torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def target_of(kind: str, num_samples: int, num_classes: int) -> Tensor:
     if kind == "indices":
         return torch.randint(num_classes, (num_samples,))
