@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 from torch.func import hessian, jacfwd, jacrev, jvp, vmap
 
-from separate_loss._ops import gather_centers, gram_matrix, gram_product, normalize
+from separate_loss._ops import (
+    gather_centers,
+    gram_matrix,
+    gram_of_centers,
+    gram_product,
+    normalize,
+)
 from tests.helpers.properties import Problem, assert_equal, problems, property_test
 
 INDEX = torch.tensor([0, 2, 2, 4])  # class 2 twice, classes 1 and 3 absent
@@ -118,5 +124,6 @@ def test_gram_products_are_equal_for_classes_and_dimensions(problem: Problem) ->
     expected = (units @ units.T @ units).numpy()
     if problem.centers.shape[0] != problem.centers.shape[1]:
         for by_class in (False, True):
-            gram = gram_matrix(problem.centers, by_class=by_class)
+            gram = gram_of_centers(problem.centers, by_class=by_class)
+            assert torch.equal(gram, gram_matrix(units, by_class=by_class))
             assert_equal(gram_product(gram, units), expected, torch.float64, len(units))

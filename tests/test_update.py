@@ -28,7 +28,7 @@ def test_samples_class_sums_and_one_hot_probabilities_give_the_same_centers(
     num_classes = len(problem.centers)
     problem.centers[[label for label in zero_classes if label < num_classes]] = 0
     center_units, norms = normalize(problem.centers)
-    gram = gram_matrix(problem.centers) if separation == "square" else None
+    gram = gram_matrix(center_units) if separation == "square" else None
     statistics = CenterStatistics(norms, center_units.sum(0), gram, num_classes)
 
     valid = (problem.target != problem.ignore_index).double()
