@@ -4,11 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-# What needs torch and the test tools alone.
-CORE := checks compile distributed functional gradients invariants layouts memory metrics modules \
-	ops package public_api robustness scale_free sharded softmax softmax_compile softmax_copies \
-	softmax_logits softmax_passes softmax_updates square torch types update
-
 .PHONY: demo test test-cuda test-torch fuzz lint docs package clean
 
 demo: $(INSTALLED)
@@ -27,12 +22,12 @@ test-torch:
 	trap 'rm -rf $(ENVIRONMENT)' EXIT; set -e; $(PYTHON) -m venv $(ENVIRONMENT); \
 	grep -E '^(hypothesis|numpy|pytest)==' constraints.txt > $(ENVIRONMENT)/requirements.txt; \
 	$(ENVIRONMENT)/bin/pip install --quiet -r $(ENVIRONMENT)/requirements.txt torch==$(TORCH); \
-	$(ENVIRONMENT)/bin/python -m pytest $(CORE:%=tests/test_%.py) separate_loss \
+	$(ENVIRONMENT)/bin/python -m pytest tests/core separate_loss \
 		$(addprefix --ignore=separate_loss/,_triton plots.py sharded.py)
 
 # On a machine with a CUDA GPU, where pip brings a torch for it.
 test-cuda: $(INSTALLED)
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/test_cuda.py
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/extra/test_cuda.py
 
 fuzz: $(INSTALLED)
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests -m properties

@@ -9,7 +9,7 @@ from pathlib import Path
 import separate_loss
 from separate_loss import functional, metrics, plots
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_public_names_have_docstrings() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-RECIPES = Path(__file__).parent.parent / "docs" / "recipes"
+RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
 # Programs that run in a process of their own, since their libraries set global state, and the
 # variables that the tests read.
 TRAINER_NAMES = ["losses", "unseen_loss", "resumed_alike", "evaluation_moves"]

@@ -18,7 +18,7 @@ from benchmarks.__main__ import main
 from benchmarks.losses import LOSSES
 from examples import digits
 
-SHOWN = Path(__file__).parents[2] / "docs" / "benchmarks"
+SHOWN = Path(__file__).parents[3] / "docs" / "benchmarks"
 
 
 @pytest.fixture(autouse=True)

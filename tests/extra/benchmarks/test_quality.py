@@ -16,7 +16,7 @@ from benchmarks.quality.data import DATA, Files
 from benchmarks.quality.study import FREE, PAPER, Row, Setting, Study, chosen_rows, compare, run
 from benchmarks.training import FIGURES, METHODS, STARTS, WEIGHTS
 
-SHOWN = Path(__file__).parents[2] / "docs" / "benchmarks" / "quality"
+SHOWN = Path(__file__).parents[3] / "docs" / "benchmarks" / "quality"
 
 
 def test_the_committed_tables_are_redrawn_equally(tmp_path: Path) -> None:

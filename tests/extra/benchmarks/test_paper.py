@@ -15,9 +15,9 @@ from PIL import Image
 from benchmarks.data.expressions import BASIC, COMPOUND, Part
 from benchmarks.paper import command, runs
 from benchmarks.paper.runs import Recipe, TrainingSet, run
-from tests.benchmarks.test_expressions import affectnet_csv, fer_csv, raf_db_list
+from tests.extra.benchmarks.test_expressions import affectnet_csv, fer_csv, raf_db_list
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SMALL = ["--model", "test_resnet", "--weights", "none", "--size", "32", "--workers", "0", "--cpu"]
 
 
