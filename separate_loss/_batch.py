@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from separate_loss._checks import (
+    FORMS,
     REDUCTIONS,
-    SEPARATIONS,
+    Form,
     Reduction,
-    Separation,
     check_batch,
-    check_bool,
     check_centers,
     check_choice,
     check_int,
+    check_label_smoothing,
     check_matches_centers,
 )
 from separate_loss._ops import matmul, scale_gradient
@@ -25,18 +25,18 @@ from separate_loss._tracing import has_values
 class Options(NamedTuple):
     """The keyword arguments of `separate_loss.functional.separate_loss`."""
 
+    form: Form = "simplex"
     weight: Tensor | None = None
     ignore_index: int = -100
     reduction: Reduction = "mean"
-    scale_free: bool = False
-    separation: Separation = "mean"
+    label_smoothing: float = 0.0
 
     def check(self) -> None:
         """Validates all but the class weights."""
+        check_choice("form", self.form, FORMS)
         check_int("ignore_index", self.ignore_index)
         check_choice("reduction", self.reduction, REDUCTIONS)
-        check_bool("scale_free", self.scale_free)
-        check_choice("separation", self.separation, SEPARATIONS)
+        check_label_smoothing(self.label_smoothing)
 
 
 class Batch(NamedTuple):
@@ -48,6 +48,7 @@ class Batch(NamedTuple):
     sample_weight: Tensor | None  # (N,): 0 for ignored samples
     centers: Tensor  # (C, d)
     class_weight: Tensor | None  # (C,)
+    label_smoothing: float
 
 
 def check_arguments(
@@ -77,7 +78,7 @@ def prepare_batch(
     num_classes = len(centers) if num_classes is None else num_classes
     dtype = compute_dtype(features, centers)
     features = features.to(dtype).reshape(-1, centers.shape[1])
-    features = scale_gradient(features) if options.scale_free else features
+    features = scale_gradient(features) if options.form == "simplex" else features
     class_weight = None if options.weight is None else options.weight.to(dtype)
     valid = sample_weight = None
     if target.is_floating_point():
@@ -91,7 +92,12 @@ def prepare_batch(
         if class_weight is not None:
             sample_weight = class_weight.index_select(0, target)
             sample_weight = sample_weight if valid is None else sample_weight * valid
-    return Batch(features, target, valid, sample_weight, centers.to(dtype), class_weight)
+    smoothing = options.label_smoothing
+    if smoothing > 0 and sample_weight is not None and sample_weight is not valid:
+        total = num_classes if class_weight is None else class_weight.sum()
+        uniform = smoothing / num_classes * (total if valid is None else total * valid)
+        sample_weight = (1 - smoothing) * sample_weight + uniform
+    return Batch(features, target, valid, sample_weight, centers.to(dtype), class_weight, smoothing)
 
 
 def mask_ignored(

@@ -11,14 +11,13 @@ from separate_loss._torch import under_vmap
 from separate_loss._tracing import has_values
 
 Reduction = Literal["none", "mean", "sum"]
-CenterUpdate = Literal["paper", "gradient", "none"]
-CenterInit = Literal["features", "sphere", "normal", "uniform"]
+Form = Literal["simplex", "paper"]
+CenterUpdate = Literal["forward", "gradient", "none"]
+CenterInit = Literal["features", "sphere"]
 ClassDim = Literal[1, -1]
-Separation = Literal["mean", "square"]
 # At import, as the compiler of torch 2.6 traces no `get_args`.
-REDUCTIONS, CENTER_UPDATES = get_args(Reduction), get_args(CenterUpdate)
-CENTER_INITS, CLASS_DIMS = get_args(CenterInit), get_args(ClassDim)
-SEPARATIONS = get_args(Separation)
+REDUCTIONS, FORMS, CLASS_DIMS = get_args(Reduction), get_args(Form), get_args(ClassDim)
+CENTER_UPDATES, CENTER_INITS = get_args(CenterUpdate), get_args(CenterInit)
 
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -49,6 +48,12 @@ def check_nonnegative(name: str, value: object) -> None:
 def check_center_lr(value: object) -> None:
     if value is not None:
         check_nonnegative("center_lr", value)
+
+
+def check_label_smoothing(value: object) -> None:
+    check_nonnegative("label_smoothing", value)
+    if isinstance(value, (float, int)) and value > 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {value}")
 
 
 def check_tensor(name: str, value: Tensor) -> None:
@@ -87,9 +92,9 @@ def check_center_init(
     """The name of an initialisation that the update supports, or finite values (C, d)."""
     if not isinstance(value, Tensor):
         check_choice("center_init", value, CENTER_INITS)
-        if value == "features" and center_update != "paper":
+        if value == "features" and center_update != "forward":
             raise ValueError(
-                "center_init='features' needs center_update='paper', which starts the centers, "
+                "center_init='features' needs center_update='forward', which starts the centers, "
                 f"got center_update={center_update!r}"
             )
         return

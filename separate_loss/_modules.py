@@ -12,8 +12,8 @@ from separate_loss._checks import (
     CENTER_UPDATES,
     CenterInit,
     CenterUpdate,
+    Form,
     Reduction,
-    Separation,
     check_center_init,
     check_center_lr,
     check_choice,
@@ -37,18 +37,21 @@ __all__ = ["SeparateLoss", "Terms"]
 
 
 class Terms(NamedTuple):
-    """The two terms of a step, detached scalars; `intra` is a mean under every reduction.
+    """The two terms of a step, and how many classes had a center; detached scalars.
+
+    `intra` is a mean under every reduction.
 
     Examples:
         >>> criterion = SeparateLoss(2, 2, center_update="none", center_init=torch.eye(2))
         >>> loss = criterion(torch.eye(2), torch.tensor([0, 1]))
         >>> criterion.last_terms
-        Terms(intra=tensor(0.), inter=tensor(0.5000))
+        Terms(intra=tensor(0.), inter=tensor(0.2500), num_centers=tensor(2))
 
     """
 
     intra: Tensor
     inter: Tensor
+    num_centers: Tensor
 
 
 class SeparateLoss(nn.Module):
@@ -56,28 +59,31 @@ class SeparateLoss(nn.Module):
 
     $$ L = L_s + \lambda (L_{intra} + L_{inter}) \tag{9} $$
 
-    with lambda = 0.9 in the paper. Use features that can be negative, from a linear layer or before
-    an activation. After ReLU, centers that are pushed apart cannot follow the class means.
+    Use lambda = 1 with the default form, and 0.9 with ``form="paper"``, as in the paper. With SGD
+    and without normalisation layers, a lambda of 3 or more makes features longer from step to step:
+    lower the learning rate or clip gradients.
 
     Args:
         num_classes: C, at least 2.
         feature_dim: d, at least 1.
-        center_update: ``"paper"`` keeps the centers in a buffer and updates them by Eq. 8 at the
+        form: ``"simplex"`` or ``"paper"``, as in `separate_loss.functional.separate_loss`.
+        center_update: ``"forward"`` keeps the centers in a buffer and updates them by Eq. 8 at the
             end of each `forward`, in training mode with gradients enabled, as BatchNorm updates its
             statistics. No optimizer is needed. ``"gradient"`` makes the centers a parameter for an
             optimizer. ``"none"`` leaves the buffer to the caller.
-        center_lr: alpha of Eq. 8, for ``center_update="paper"``; finite and not negative. None
-            takes a tenth of the number of samples in the step, over all processes, and at most
-            4 (C - 1), so that centers follow their classes equally fast at every batch size.
+        center_lr: alpha of Eq. 8, for ``center_update="forward"``; finite and not negative. None
+            takes a tenth of the number of samples in the step, over all processes, within the bound
+            of `separate_loss.functional.update_centers`, so that centers follow their classes
+            equally fast at every batch size.
         center_init: the initial centers. ``"features"``: zero, until the first samples of a class
-            set its center to their mean direction; only for the paper's update, and its default.
-            ``"sphere"``: random directions of norm 1, the default of the other updates.
-            ``"normal"``: N(0, 1). ``"uniform"``: U(0, 1). Or a tensor (C, d) of finite values,
-            whose zero rows behave as under ``"features"``.
-        weight, ignore_index, reduction: as in `separate_loss.functional.separate_loss`.
-            Class weights apply to the loss, not to the paper's update.
-        scale_free, separation: as in `separate_loss.functional.separate_loss`. The paper's update
-            uses the same separation.
+            set its center to their mean direction; under class probabilities, the samples for
+            which it is the most probable class, by their probabilities. Only for the forward
+            update, and its default. ``"sphere"``: random directions of norm 1, the default of the
+            other updates. Or a tensor (C, d) of finite values, whose zero rows behave as under
+            ``"features"``.
+        weight, ignore_index, reduction, label_smoothing: as in
+            `separate_loss.functional.separate_loss`. Class weights and label smoothing apply to the
+            loss, not to the forward update.
         process_group: the processes of torch.distributed, if it is initialised, whose samples
             update the centers; None takes all. All processes start from rank 0's centers and stay
             identical. Each of them must make every training call and load every checkpoint.
@@ -91,8 +97,9 @@ class SeparateLoss(nn.Module):
 
     Attributes:
         centers: (C, d), buffer or parameter; in the `state_dict` under the same name in all modes.
-            The paper's update changes them in place: clone them to use them in your own graph.
-        last_terms: intra- and inter-class loss of the last call, for logging; None before that.
+            The forward update changes them in place: clone them to use them in your own graph.
+        last_terms: intra- and inter-class loss of the last call and the number of classes that had
+            a center, for logging; None before that.
 
     Raises:
         TypeError, ValueError: an argument is of a wrong type or out of its range.
@@ -103,7 +110,7 @@ class SeparateLoss(nn.Module):
         >>> features, labels = torch.randn(16, 8, requires_grad=True), torch.arange(16) % 3
         >>> logits = torch.nn.functional.linear(features, torch.randn(3, 8))
         >>> loss = torch.nn.functional.cross_entropy(logits, labels)
-        >>> loss = loss + 0.9 * criterion(features, labels)
+        >>> loss = loss + criterion(features, labels)
         >>> loss.backward()
 
     Source:
@@ -120,14 +127,14 @@ class SeparateLoss(nn.Module):
         num_classes: int,
         feature_dim: int,
         *,
-        center_update: CenterUpdate = "paper",
+        form: Form = "simplex",
+        center_update: CenterUpdate = "forward",
         center_lr: float | None = None,
         center_init: CenterInit | Tensor | None = None,
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: Reduction = "mean",
-        scale_free: bool = False,
-        separation: Separation = "mean",
+        label_smoothing: float = 0.0,
         process_group: "ProcessGroup | None" = None,
         sync_centers: bool = True,
         device: torch.device | str | int | None = None,
@@ -138,23 +145,23 @@ class SeparateLoss(nn.Module):
         check_int("feature_dim", feature_dim, least=1)
         check_choice("center_update", center_update, CENTER_UPDATES)
         check_center_lr(center_lr)
-        Options(None, ignore_index, reduction, scale_free, separation).check()
+        Options(form, None, ignore_index, reduction, label_smoothing).check()
         check_process_group(process_group, sync_centers)
         if weight is not None:
             check_weight(weight, num_classes)
         if center_init is None:
-            center_init = "features" if center_update == "paper" else "sphere"
+            center_init = "features" if center_update == "forward" else "sphere"
         check_center_init(center_init, (num_classes, feature_dim), center_update)
 
         self.num_classes = num_classes
         self.feature_dim = feature_dim
+        self.form: Form = form
         self.center_update = center_update
         self.center_lr = center_lr
         self.center_init = center_init if isinstance(center_init, str) else "tensor"
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
-        self.scale_free = scale_free
-        self.separation: Separation = separation
+        self.label_smoothing = label_smoothing
         self.process_group = process_group
         self.sync_centers = sync_centers
         self.last_terms: Terms | None = None
@@ -184,7 +191,7 @@ class SeparateLoss(nn.Module):
         return self._step(features, target)
 
     def _step(self, features: Tensor, target: Tensor, *, may_update: bool = True) -> Tensor:
-        updating = may_update and self.training and self.center_update == "paper"
+        updating = may_update and self.training and self.center_update == "forward"
         updating = updating and torch.is_grad_enabled()
         if updating and torch.compiler.is_compiling() and not compiler_moves_buffers():
             return _uncompiled(self._compute, features, target, updating)
@@ -200,14 +207,14 @@ class SeparateLoss(nn.Module):
             group = resolve_group(self.process_group, self.sync_centers)
         centers = self.centers if group is None else self._synced_centers(group)
         step = run_step(features, target, centers, self._options(), group if updating else None)
-        self.last_terms = Terms(step.intra.detach(), step.inter.detach())
+        self.last_terms = Terms(step.intra.detach(), step.inter.detach(), step.num_centers)
         if updating:
             step.update_(self.centers, self.center_lr, start_zeros=True)
         return step.loss
 
     def _options(self) -> Options:
         return Options(
-            self.weight, self.ignore_index, self.reduction, self.scale_free, self.separation
+            self.form, self.weight, self.ignore_index, self.reduction, self.label_smoothing
         )
 
     def _synced_centers(self, group: "ProcessGroup") -> Tensor:
@@ -253,16 +260,15 @@ class SeparateLoss(nn.Module):
         parts = [
             f"num_classes={self.num_classes}",
             f"feature_dim={self.feature_dim}",
+            f"form={self.form!r}",
             f"center_update={self.center_update!r}",
             f"center_init={self.center_init!r}",
             f"reduction={self.reduction!r}",
         ]
-        if self.center_update == "paper":
-            parts.insert(3, f"center_lr={self.center_lr}")
-        if self.scale_free:
-            parts.append("scale_free=True")
-        if self.separation != "mean":
-            parts.append(f"separation={self.separation!r}")
+        if self.center_update == "forward":
+            parts.insert(4, f"center_lr={self.center_lr}")
+        if self.label_smoothing > 0:
+            parts.append(f"label_smoothing={self.label_smoothing}")
         if self.ignore_index != -100:
             parts.append(f"ignore_index={self.ignore_index}")
         if self.weight is not None:
@@ -287,14 +293,8 @@ def init_centers_(
     """Sets centers to their initial values, in place."""
     if isinstance(init, Tensor):
         centers.copy_(init)
-        return
-    match init:
-        case "features":
-            centers.zero_()
-        case "sphere":
-            nn.init.normal_(centers, generator=generator)
-            centers.div_(torch.linalg.vector_norm(centers, dim=-1, keepdim=True))
-        case "normal":
-            nn.init.normal_(centers, generator=generator)
-        case "uniform":
-            nn.init.uniform_(centers, generator=generator)
+    elif init == "features":
+        centers.zero_()
+    else:
+        nn.init.normal_(centers, generator=generator)
+        centers.div_(torch.linalg.vector_norm(centers, dim=-1, keepdim=True))

@@ -1,13 +1,13 @@
-"""The separation of the centers: Eq. 3, and the squared form that is not in the paper.
+"""The separation of the centers: Eq. 3, and the simplex form, which is not in the paper.
 
 With the sum s of the unit centers, their Gram matrix G, n of C centers that are not zero, and
-a = 1 / (C - 1),
+a = 1 / (n - 1),
 
     L_inter = sum_{k != j} (c^_k . c^_j + 1) / (2 C (C - 1))                                (Eq. 3)
             = 1/2 + (||s||^2 - n) / (2 C (C - 1))
 
-    Q = sum_{k != j} (c^_k . c^_j + a)^2 / (C (C - 1) (1 + a)^2)
-      = (||G||^2 - n + 2 a (||s||^2 - n) + a^2 n (n - 1)) (C - 1) / C^3
+    Q = sum_{k != j} (c^_k . c^_j + a)^2 / (n (n - 1) (1 + a)^2)
+      = (||G||^2 - n + 2 a (||s||^2 - n) + a^2 n (n - 1)) (n - 1) / n^3
 
 A zero center has no direction. In Eq. 3 its cosines are 0; in Q it is in no pair.
 """
@@ -18,41 +18,40 @@ from torch import Tensor
 from separate_loss._ops import clamp_value
 
 
-def separation(
-    center_sum: Tensor, gram: Tensor | None, num_nonzero: Tensor, num_classes: int
+def inter_class(
+    center_sum: Tensor, gram: Tensor | None, num_centers: Tensor, num_classes: int
 ) -> Tensor:
-    """L_inter, or with a Gram matrix Q; `num_nonzero` is a scalar of the type of the sum."""
+    """L_inter, or with a Gram matrix Q; `num_centers` is n, a scalar."""
     squared = center_sum.dot(center_sum)
+    n = num_centers.to(squared.dtype)
     if gram is None:
-        pairs = 2 * num_classes * (num_classes - 1)
-        value = 0.5 + (squared - num_nonzero) / pairs
+        value = 0.5 + (squared - n) / (2 * num_classes * (num_classes - 1))
         return clamp_value(value, (num_classes - 2) / (2 * (num_classes - 1)), 1)
-    a, scale = _square_constants(num_classes)
-    pairs_of_nonzero = num_nonzero * (num_nonzero - 1)
-    value = gram.square().sum() - num_nonzero + 2 * a * (squared - num_nonzero)
-    return clamp_value((value + a * a * pairs_of_nonzero) * scale, 0, 1)
+    a, scale = _simplex_constants(n)
+    value = gram.square().sum() - n + 2 * a * (squared - n) + a * a * n * (n - 1)
+    return clamp_value(value * scale, 0, 1)
 
 
-def _square_constants(num_classes: int) -> tuple[float, float]:
-    """a, and 1 / (C (C - 1) (1 + a)^2)."""
-    return 1 / (num_classes - 1), (num_classes - 1) / num_classes**3
+def _simplex_constants(n: Tensor) -> tuple[Tensor, Tensor]:
+    """a, and 1 / (n (n - 1) (1 + a)^2), which is 0 for fewer than two centers."""
+    others = (n - 1).clamp(min=0)
+    return others.clamp(min=1).reciprocal(), others / n.clamp(min=1) ** 3
 
 
-def separation_gradient(
-    center_sum: Tensor, gram: Tensor | None, num_classes: int
+def inter_class_gradient(
+    center_sum: Tensor, gram: Tensor | None, num_centers: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of `separation` for a unit center, but for a part along that center.
+    """The gradient of `inter_class` for a unit center, but for a part along that center.
 
     The gradient is the vector (d,), plus, with a Gram matrix, the matrix by `gram_product`. Both
     hold the pair k = j as well, which adds nothing across the center.
     """
     if gram is None:
         return center_sum / (num_classes * (num_classes - 1)), None
-    a, scale = _square_constants(num_classes)
+    a, scale = _simplex_constants(num_centers.to(center_sum.dtype))
     return center_sum * (4 * a * scale), gram * (4 * scale)
 
 
-def count_nonzero(norms: Tensor) -> Tensor:
-    """The number of centers that are not zero, a scalar of the type of the norms."""
-    # A quotient of integers would be float32.
-    return (norms != torch.inf).sum().to(norms.dtype)
+def count_centers(norms: Tensor) -> Tensor:
+    """The number of centers that are not zero, a scalar."""
+    return (norms != torch.inf).sum()

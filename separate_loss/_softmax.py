@@ -13,8 +13,8 @@ from separate_loss._checks import (
     CenterInit,
     CenterUpdate,
     ClassDim,
+    Form,
     Reduction,
-    Separation,
     check_batch,
     check_choice,
     check_head_input,
@@ -47,14 +47,15 @@ class SoftmaxSeparateTerms(NamedTuple):
         >>> criterion = SoftmaxSeparateLoss(head, center_update="none", center_init=torch.eye(2))
         >>> with torch.no_grad():
         ...     loss = criterion(head(torch.eye(2)), torch.tensor([0, 1]))
-        >>> criterion.last_terms
-        SoftmaxSeparateTerms(softmax=tensor(0.6931), intra=tensor(0.), inter=tensor(0.5000))
+        >>> criterion.last_terms[:3]
+        (tensor(0.6931), tensor(0.), tensor(0.2500))
 
     """
 
     softmax: Tensor
     intra: Tensor
     inter: Tensor
+    num_centers: Tensor
 
 
 class SoftmaxSeparateLoss(nn.Module):
@@ -69,7 +70,8 @@ class SoftmaxSeparateLoss(nn.Module):
         head: the module that computes logits from features, for example the model's last
             `torch.nn.Linear` (`(*, d)` to `(*, C)`) or convolution (`(N, d, *)` to `(N, C, *)`).
             Its first argument is recorded.
-        separate_weight: lambda, finite and not negative.
+        separate_weight: lambda, finite and not negative: 1 with the default form, 0.9 with
+            ``form="paper"``, as in the paper. See `SeparateLoss` on large ones.
         num_classes: C; None reads it from the last linear or convolutional layer in `head`.
         feature_dim: d; None reads it from the first such layer.
         class_dim: the dimension of C in the head's output and of d in its input: 1 or -1. None
@@ -77,7 +79,7 @@ class SoftmaxSeparateLoss(nn.Module):
         label_smoothing: as in `torch.nn.functional.cross_entropy`, in both terms; in [0, 1].
         center_update, center_lr, center_init, dtype: as in `SeparateLoss`.
         weight, ignore_index, reduction: as in `SeparateLoss`, in both terms.
-        scale_free, separation, process_group, sync_centers: as in `SeparateLoss`.
+        form, process_group, sync_centers: as in `SeparateLoss`.
         device: of the centers; None takes the head's.
 
     Shape:
@@ -111,19 +113,18 @@ class SoftmaxSeparateLoss(nn.Module):
         self,
         head: nn.Module,
         *,
-        separate_weight: float = 0.9,
+        separate_weight: float = 1.0,
         num_classes: int | None = None,
         feature_dim: int | None = None,
         class_dim: ClassDim | None = None,
         label_smoothing: float = 0.0,
-        center_update: CenterUpdate = "paper",
+        form: Form = "simplex",
+        center_update: CenterUpdate = "forward",
         center_lr: float | None = None,
         center_init: CenterInit | Tensor | None = None,
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: Reduction = "mean",
-        scale_free: bool = False,
-        separation: Separation = "mean",
         process_group: "ProcessGroup | None" = None,
         sync_centers: bool = True,
         device: torch.device | str | int | None = None,
@@ -133,16 +134,12 @@ class SoftmaxSeparateLoss(nn.Module):
         if not isinstance(head, nn.Module):
             raise TypeError(f"head must be a torch.nn.Module, got {type(head).__name__}")
         check_nonnegative("separate_weight", separate_weight)
-        check_nonnegative("label_smoothing", label_smoothing)
-        if label_smoothing > 1:
-            raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
         if class_dim is None:
             class_dim = _class_dim_of(head)
         check_choice("class_dim", class_dim, CLASS_DIMS)
         if device is None:
             device = next((parameter.device for parameter in head.parameters()), None)
         self.separate_weight = separate_weight
-        self.label_smoothing = label_smoothing
         self.class_dim = class_dim
         self.last_terms: SoftmaxSeparateTerms | None = None
         self.separate = SeparateLoss(
@@ -154,8 +151,8 @@ class SoftmaxSeparateLoss(nn.Module):
             weight=weight,
             ignore_index=ignore_index,
             reduction=reduction,
-            scale_free=scale_free,
-            separation=separation,
+            form=form,
+            label_smoothing=label_smoothing,
             process_group=process_group,
             sync_centers=sync_centers,
             device=device,
@@ -212,13 +209,11 @@ class SoftmaxSeparateLoss(nn.Module):
             moving, recorded = self._head_trains(), True
         logits, target, features = self._class_last(logits, target, features, class_dim)
         separate = self.separate
-        softmax = _softmax_loss(logits, target, separate, self.label_smoothing)
+        softmax = _softmax_loss(logits, target, separate)
         # Last, so that invalid input does not change the centers.
         with torch.set_grad_enabled(torch.is_grad_enabled() and recorded):
             self._warn(logits, features, forward_pass is not None and not forward_pass.training)
-            loss = separate._step(
-                features, _smooth(target, separate, self.label_smoothing), may_update=moving
-            )
+            loss = separate._step(features, target, may_update=moving)
             if forward_pass is not None and torch.is_grad_enabled() and separate.training:
                 forward_pass.moved = True
         if separate.last_terms is not None:
@@ -293,7 +288,7 @@ class SoftmaxSeparateLoss(nn.Module):
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         separate = self.separate
-        if head_in_evaluation and separate.training and separate.center_update == "paper":
+        if head_in_evaluation and separate.training and separate.center_update == "forward":
             self._warn_once(
                 "the head ran in evaluation mode with gradients on, so the centers do not move; "
                 "to validate, use torch.no_grad() and criterion.eval(); to train a model in "
@@ -326,7 +321,7 @@ class SoftmaxSeparateLoss(nn.Module):
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
         return (
-            f"separate_weight={self.separate_weight}, label_smoothing={self.label_smoothing}, "
+            f"separate_weight={self.separate_weight}, "
             f"class_dim={self.class_dim}, watching={self._recorder is not None}"
         )
 
@@ -367,9 +362,7 @@ def _size_of(name: str, given: int | None, head: nn.Module) -> int:
     return size
 
 
-def _softmax_loss(
-    logits: Tensor, target: Tensor, separate: SeparateLoss, label_smoothing: float
-) -> Tensor:
+def _softmax_loss(logits: Tensor, target: Tensor, separate: SeparateLoss) -> Tensor:
     """Softmax loss of logits `(*, C)`, in float32 or wider."""
     logits = logits.reshape(-1, separate.num_classes)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -377,7 +370,7 @@ def _softmax_loss(
     options: dict[str, Any] = {
         "weight": None if weight is None else weight.to(logits.dtype),
         "reduction": separate.reduction,
-        "label_smoothing": label_smoothing,
+        "label_smoothing": separate.label_smoothing,
     }
     if target.is_floating_point():
         target = target.reshape(logits.shape).to(logits.dtype)
@@ -387,16 +380,3 @@ def _softmax_loss(
         mask_ignored(target, separate.num_classes, separate.ignore_index)
         options["ignore_index"] = separate.ignore_index
     return nn.functional.cross_entropy(logits, target, **options)
-
-
-def _smooth(target: Tensor, separate: SeparateLoss, label_smoothing: float) -> Tensor:
-    """The target as class probabilities with label smoothing."""
-    if label_smoothing == 0:
-        return target
-    num_classes, mask = separate.num_classes, None
-    if not target.is_floating_point():
-        index, mask = mask_ignored(target, num_classes, separate.ignore_index)
-        target = nn.functional.one_hot(index, num_classes).to(separate.centers.dtype)
-    smooth = target * (1 - label_smoothing) + label_smoothing / num_classes
-    # A row of zeros has weight 0.
-    return smooth if mask is None else smooth * mask.unsqueeze(-1)

@@ -16,7 +16,7 @@ from separate_loss._ops import (
     matmul,
     normalize,
 )
-from separate_loss._separation import count_nonzero, separation
+from separate_loss._separation import count_centers, inter_class
 from separate_loss._tracing import has_values
 from separate_loss._triton.backend import kernels_for
 from separate_loss._update import CenterStatistics, update_centers_
@@ -39,6 +39,10 @@ class Step(Protocol):
     @property
     def inter(self) -> Tensor:
         """The separation of the centers, a scalar."""
+
+    @property
+    def num_centers(self) -> Tensor:
+        """The number of centers that are not zero, a scalar."""
 
     def update_(
         self, centers: Tensor, center_lr: float | None, *, start_zeros: bool = False
@@ -66,17 +70,21 @@ def run_step(
     # Many samples of few classes: all unit centers are less work than a row for each sample. The
     # compiler fuses that work. The sum of unit centers must be the same in all processes.
     few_classes = not torch.compiler.is_compiling() and len(centers) <= len(batch.features)
-    square = options.separation == "square"
-    by_class = batch.target.is_floating_point() or group is not None or few_classes
+    simplex = options.form == "simplex"
+    weighted = batch.class_weight is not None and batch.label_smoothing > 0
+    by_class = batch.target.is_floating_point() or group is not None or few_classes or weighted
     if by_class:
         unit_centers, norms = normalize(batch.centers)
-        target_centers, center_sum = expected_centers(batch, unit_centers), unit_centers.sum(0)
-        gram = gram_matrix(unit_centers) if square else None
+        center_sum = unit_centers.sum(0)
+        target_centers = expected_centers(batch, unit_centers, center_sum)
+        gram = gram_matrix(unit_centers) if simplex else None
     else:
         target_centers, center_sum, norms = gather_centers(batch.centers, batch.target)
-        gram = gram_of_centers(batch.centers) if square else None
+        target_centers = smooth_centers(batch, target_centers, center_sum, len(norms))
+        gram = gram_of_centers(batch.centers) if simplex else None
     similarity = intra_class(batch, target_centers)
-    inter = separation(center_sum, gram, count_nonzero(norms), len(norms))
+    num_centers = count_centers(norms)
+    inter = inter_class(center_sum, gram, num_centers, len(norms))
 
     intra = reduce(similarity.loss, batch.sample_weight, None, "mean")
     if options.reduction == "mean":
@@ -85,8 +93,10 @@ def run_step(
         loss = reduce(similarity.loss, batch.sample_weight, inter, options.reduction)
     if options.reduction == "none":
         loss = loss.reshape(features.shape[:-1])
-    statistics = CenterStatistics(norms, center_sum, gram, len(norms))
-    return TorchStep(loss, intra, inter, batch, similarity, statistics, by_class, group)
+    statistics = CenterStatistics(norms, center_sum, gram, num_centers, len(norms))
+    return TorchStep(
+        loss, intra, inter, num_centers, batch, similarity, statistics, by_class, group
+    )
 
 
 class IntraClass(NamedTuple):
@@ -102,22 +112,41 @@ def intra_class(batch: Batch, target_centers: Tensor) -> IntraClass:
     unit_features, _ = normalize(batch.features)
     cosines = (unit_features * target_centers).sum(-1)
     weight: Tensor | float = 1.0 if batch.sample_weight is None else batch.sample_weight
-    if not batch.target.is_floating_point():
+    if not _is_expected(batch):
         cosines = cosines * weight
     cosines = clamp_value(cosines, -weight, weight)
     return IntraClass((weight - cosines) / 2, unit_features, cosines)
 
 
-def expected_centers(batch: Batch, unit_centers: Tensor) -> Tensor:
+def _is_expected(batch: Batch) -> bool:
+    """Whether centers are expected centers, which hold the class weights."""
+    return batch.target.is_floating_point() or batch.label_smoothing > 0
+
+
+def expected_centers(batch: Batch, unit_centers: Tensor, center_sum: Tensor) -> Tensor:
     """The unit center of each sample's class (N, d).
 
-    Under class probabilities, the sum of all unit centers times probabilities and class weights.
+    Under class probabilities or label smoothing, the sum of all unit centers times the probability
+    and the weight of their class.
     """
-    if not batch.target.is_floating_point():
-        return unit_centers.index_select(0, batch.target)
-    if batch.class_weight is not None:
+    if _is_expected(batch) and batch.class_weight is not None:
         unit_centers = unit_centers * batch.class_weight.unsqueeze(-1)
-    return matmul(batch.target, unit_centers)
+        center_sum = unit_centers.sum(0)
+    if batch.target.is_floating_point():
+        target_centers = matmul(batch.target, unit_centers)
+    else:
+        target_centers = unit_centers.index_select(0, batch.target)
+    return smooth_centers(batch, target_centers, center_sum, len(unit_centers))
+
+
+def smooth_centers(
+    batch: Batch, target_centers: Tensor, center_sum: Tensor, num_classes: int
+) -> Tensor:
+    """(1 - e) c^_y + (e / C) s, for the label smoothing e and the sum s of unit centers."""
+    smoothing = batch.label_smoothing
+    if smoothing == 0:
+        return target_centers
+    return (1 - smoothing) * target_centers + smoothing / num_classes * center_sum
 
 
 def reduce(
@@ -142,6 +171,7 @@ class TorchStep(NamedTuple):
     loss: Tensor
     intra: Tensor
     inter: Tensor
+    num_centers: Tensor
     batch: Batch
     similarity: IntraClass
     statistics: CenterStatistics
@@ -155,7 +185,11 @@ class TorchStep(NamedTuple):
         with torch.no_grad():
             sums, counts = finite_samples(self.similarity, self.batch.valid)
             index: Tensor | None = self.batch.target
-            if self.by_class:
+            if self.batch.target.is_floating_point():
+                norms = self.statistics.norms
+                sums, counts = probability_sums(sums, self.batch.target, counts, norms)
+                index = None
+            elif self.by_class:
                 num_classes = self.statistics.num_classes
                 sums, counts = class_sums(sums, self.batch.target, counts, num_classes)
                 index = None
@@ -191,12 +225,21 @@ def finite_samples(similarity: IntraClass, valid: Tensor | None) -> tuple[Tensor
 def class_sums(
     units: Tensor, target: Tensor, valid: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """For each class the sum of its unit features (C, d) and the number of its samples (C,).
-
-    A class with a probability that is not finite has neither.
-    """
-    if target.is_floating_point():
-        sums, counts = matmul(target.mT, units), matmul(valid, target)
-        return sums.nan_to_num(0, 0, 0), counts.nan_to_num(0, 0, 0)
+    """For each class the sum of its unit features (C, d) and the number of its samples (C,)."""
     sums = units.new_zeros(num_classes, units.shape[1]).index_add(0, target, units)
     return sums, units.new_zeros(num_classes).index_add(0, target, valid)
+
+
+def probability_sums(
+    units: Tensor, target: Tensor, valid: Tensor, norms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`class_sums` by class probabilities.
+
+    A class whose center is zero sums over the samples that have no more probable class. A class
+    with a probability that is not finite has neither sum nor number.
+    """
+    counts = matmul(valid, target)
+    if not (has_values(norms) and bool(norms.isfinite().all())):
+        less_probable = target < target.amax(-1, keepdim=True)
+        target = target.masked_fill(less_probable & norms.isinf(), 0)
+    return matmul(target.mT, units).nan_to_num(0, 0, 0), counts.nan_to_num(0, 0, 0)

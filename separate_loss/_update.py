@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from separate_loss._ops import gram_product, row_blocks, row_products, tangent, vector_norms
-from separate_loss._separation import separation_gradient
+from separate_loss._separation import inter_class_gradient
 from separate_loss._tracing import has_values
 
 # Alpha over the number of samples in a step, where no alpha is given.
@@ -18,7 +18,8 @@ class CenterStatistics(NamedTuple):
 
     norms: Tensor  # of the centers to update
     center_sum: Tensor  # the sum of all unit centers, (d,)
-    gram: Tensor | None  # their Gram matrix, for the squared separation
+    gram: Tensor | None  # their Gram matrix, in the simplex form
+    num_centers: Tensor  # how many of all centers are not zero, a scalar
     num_classes: int  # C, of which the centers to update may be a shard
 
 
@@ -56,21 +57,21 @@ def update_centers_(
             center k.
         center_lr: alpha; None takes `CENTER_LR_PER_SAMPLE`.
         num_samples: m, a scalar; None takes the sum of the counts.
-        start_zeros: puts a zero center at the mean direction of its samples.
+        start_zeros: puts a zero center at the direction of its sum.
     """
-    norms, center_sum, gram, num_classes = statistics
+    norms, center_sum, gram, num_centers, num_classes = statistics
     num_samples = counts.sum() if num_samples is None else num_samples
     num_samples = num_samples.masked_fill(num_samples == 0, 1)
-    rate = _center_lr(center_lr, num_samples, num_classes)
+    rate = _center_lr(center_lr, num_samples, num_classes if gram is None else num_centers)
     start_zeros = start_zeros and not (has_values(norms) and bool(norms.isfinite().all()))
-    push = _Push(*separation_gradient(center_sum, gram, num_classes), -0.5 * rate)
+    push = _Push(*inter_class_gradient(center_sum, gram, num_centers, num_classes), -0.5 * rate)
     if index is None:
         weight = rate / (2 * num_samples * (1 + counts))
-        _update_all_(centers, norms, push, sums, counts, weight, start_zeros)
+        _update_all_(centers, norms, push, sums, weight, start_zeros)
     else:
         class_counts = norms.new_zeros(len(norms)).index_add(0, index, counts)
         weight = rate / (2 * num_samples * (1 + class_counts))
-        _update_rows_(centers, norms, push, sums, class_counts, weight, index, start_zeros)
+        _update_rows_(centers, norms, push, sums, weight, index, start_zeros)
 
 
 def _update_all_(
@@ -78,7 +79,6 @@ def _update_all_(
     norms: Tensor,
     push: _Push,
     sums: Tensor,
-    counts: Tensor,
     weight: Tensor,
     start_zeros: bool,
 ) -> None:
@@ -94,7 +94,7 @@ def _update_all_(
     step = torch.addcmul(vector * factor, sums, weight.unsqueeze(-1))
     updated = centers + tangent(step, units) / columns
     if start_zeros:
-        starting = _is_zero(centers, norms) & (counts >= 0.5)
+        starting = _is_zero(centers, norms)
         directions = sums / vector_norms(sums).unsqueeze(-1)
         updated = torch.where(starting.unsqueeze(-1), directions, updated)
     centers.copy_(updated)
@@ -105,7 +105,6 @@ def _update_rows_(
     norms: Tensor,
     push: _Push,
     sums: Tensor,
-    class_counts: Tensor,
     weight: Tensor,
     index: Tensor,
     start_zeros: bool,
@@ -118,7 +117,7 @@ def _update_rows_(
     own_weight = weight.index_select(0, index) / own_norms
     starting = None
     if start_zeros:
-        starting = _is_zero(rows, own_norms) & (class_counts.index_select(0, index) >= 0.5)
+        starting = _is_zero(rows, own_norms)
         own_weight = own_weight.masked_fill(starting, 1)
     pull = tangent(sums, units) * own_weight.unsqueeze(-1)
 
@@ -154,12 +153,17 @@ def _is_zero(centers: Tensor, norms: Tensor) -> Tensor:
     return norms.isinf() & (centers.abs().amax(-1) < 1)
 
 
-def _center_lr(center_lr: float | None, num_samples: Tensor, num_classes: int) -> Tensor | float:
+def _center_lr(
+    center_lr: float | None, num_samples: Tensor, num_centers: Tensor | int
+) -> Tensor | float:
     """Alpha of Eq. 8: as given, or in proportion to the samples, within a bound.
 
     With unit centers Eq. 7 takes alpha / (2 (C - 1)) of their sum off that sum. With more than
-    twice the sum it would grow.
+    twice the sum it would grow. A single center takes the bound of two.
     """
     if center_lr is not None:
         return center_lr
-    return (CENTER_LR_PER_SAMPLE * num_samples).clamp(max=4.0 * (num_classes - 1))
+    rate = CENTER_LR_PER_SAMPLE * num_samples
+    if isinstance(num_centers, int):
+        return rate.clamp(max=4.0 * (num_centers - 1))
+    return rate.minimum(4 * (num_centers - 1).clamp(min=1).to(rate.dtype))

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from separate_loss._batch import Options, check_arguments, compute_dtype, prepare_batch
 from separate_loss._checks import (
-    SEPARATIONS,
+    FORMS,
+    Form,
     Reduction,
-    Separation,
     check_center_lr,
     check_centers,
     check_choice,
@@ -26,8 +26,7 @@ from separate_loss._checks import (
     check_vectors,
 )
 from separate_loss._ops import clamp_value, gather_centers, gram_of_centers, normalize
-from separate_loss._separation import count_nonzero
-from separate_loss._separation import separation as separation_of
+from separate_loss._separation import count_centers, inter_class
 from separate_loss._step import expected_centers, intra_class, reduce, run_step
 
 __all__ = [
@@ -87,17 +86,19 @@ def intra_class_loss(
     target: Tensor,
     centers: Tensor,
     *,
+    form: Form = "simplex",
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
-    scale_free: bool = False,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     r"""The mean dissimilarity between samples and the centers of their classes, in [0, 1].
 
     $$ L_{intra} = 1 - \frac{1}{2m} \sum_i \left( \hat x_i^T \hat c_{y_i} + 1 \right) \tag{2} $$
 
-    The gradient for the features is Eq. 5; with `scale_free`, Eq. 5 times the norm of each.
-    Arguments, reductions and errors are those of `separate_loss`, without the inter-class term.
+    ``form="paper"`` has the gradient of Eq. 5 for the features, and ``form="simplex"`` that
+    gradient times the norm of each sample's features. Values are the same. Arguments,
+    reductions and errors are those of `separate_loss`, without the inter-class term.
 
     Examples:
         >>> centers = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
@@ -106,11 +107,12 @@ def intra_class_loss(
         tensor([0.0000, 1.0000, 0.5000])
 
     """
-    options = Options(weight, ignore_index, reduction, scale_free)
+    options = Options(form, weight, ignore_index, reduction, label_smoothing)
     check_arguments(features, target, centers, options)
     batch = prepare_batch(features, target, centers, options)
-    if batch.target.is_floating_point():
-        target_centers = expected_centers(batch, normalize(batch.centers)[0])
+    if batch.target.is_floating_point() or label_smoothing > 0:
+        unit_centers, _ = normalize(batch.centers)
+        target_centers = expected_centers(batch, unit_centers, unit_centers.sum(0))
     else:  # without the other centers
         target_centers, _ = normalize(batch.centers.index_select(0, batch.target))
     intra = intra_class(batch, target_centers).loss
@@ -118,10 +120,10 @@ def intra_class_loss(
     return loss.reshape(features.shape[:-1]) if reduction == "none" else loss
 
 
-def inter_class_loss(centers: Tensor, *, separation: Separation = "mean") -> Tensor:
+def inter_class_loss(centers: Tensor, *, form: Form = "simplex") -> Tensor:
     r"""The mean similarity between the centers of different classes.
 
-    ``separation="mean"`` is Eq. 3, in [(C - 2) / (2 (C - 1)), 1]:
+    ``form="paper"`` is Eq. 3, in [(C - 2) / (2 (C - 1)), 1]:
 
     $$
     L_{inter} = \frac{1}{2 |S| (|S| - 1)} \sum_k \sum_{j \ne k}
@@ -129,20 +131,20 @@ def inter_class_loss(centers: Tensor, *, separation: Separation = "mean") -> Ten
     $$
 
     It is computed from the sum of the unit centers in O(C d) time. All unit centers that sum to
-    zero reach its minimum. ``separation="square"``, which is not in the paper, is in [0, 1]. It is
-    0 only if each pair of centers has the cosine of a simplex, -1 / (C - 1):
+    zero reach its minimum. ``form="simplex"``, which is not in the paper, is in [0, 1]. Over the n
+    centers that are not zero, it is 0 only if each pair has the cosine of a simplex, -1 / (n - 1):
 
     $$
-    Q = \frac{1}{C (C - 1) (1 + a)^2} \sum_k \sum_{j \ne k}
-        \left( \hat c_k^T \hat c_j + a \right)^2, \quad a = \frac{1}{C - 1}
+    Q = \frac{1}{n (n - 1) (1 + a)^2} \sum_k \sum_{j \ne k}
+        \left( \hat c_k^T \hat c_j + a \right)^2, \quad a = \frac{1}{n - 1}
     $$
 
-    It is computed from a Gram matrix with min(C, d) rows, in O(C d min(C, d)) time, over the pairs
-    of centers that are not zero.
+    For n < 2 it is 0. It is computed from a Gram matrix with min(C, d) rows, in O(C d min(C, d))
+    time.
 
     Args:
         centers: floating point, (C, d) with C >= 2.
-        separation: ``"mean"`` or ``"square"``.
+        form: ``"simplex"`` or ``"paper"``.
 
     Returns:
         A scalar.
@@ -150,23 +152,23 @@ def inter_class_loss(centers: Tensor, *, separation: Separation = "mean") -> Ten
     Raises:
         TypeError: `centers` is not a floating-point tensor.
         ValueError: `centers` is not of shape (C, d) or holds fewer than two classes, or an unknown
-            separation.
+            form.
 
     Examples:
         >>> centers = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
         >>> inter_class_loss(centers)
-        tensor(0.5000)
-        >>> inter_class_loss(centers, separation="square")
         tensor(0.2500)
+        >>> inter_class_loss(centers, form="paper")
+        tensor(0.5000)
 
     """
-    check_choice("separation", separation, SEPARATIONS)
+    check_choice("form", form, FORMS)
     check_centers("centers", centers)
     centers = centers.to(compute_dtype(centers))
     no_samples = torch.zeros(0, dtype=torch.long, device=centers.device)
     _, center_sum, norms = gather_centers(centers, no_samples)
-    gram = gram_of_centers(centers) if separation == "square" else None
-    return separation_of(center_sum, gram, count_nonzero(norms), len(norms))
+    gram = gram_of_centers(centers) if form == "simplex" else None
+    return inter_class(center_sum, gram, count_centers(norms), len(norms))
 
 
 def separate_loss(
@@ -174,31 +176,36 @@ def separate_loss(
     target: Tensor,
     centers: Tensor,
     *,
+    form: Form = "simplex",
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
-    scale_free: bool = False,
-    separation: Separation = "mean",
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     r"""The separate loss: intra-class plus inter-class loss.
 
     $$ L_{sep} = L_{intra} + L_{inter} \tag{4} $$
+
+    ``form="paper"`` is the loss as published. ``form="simplex"`` differs in two points: the
+    gradient for each sample's features is Eq. 5 times their norm, held constant, so that the pull
+    on a sample does not depend on that norm (this is not the gradient of any loss); and L_inter is
+    the squared distance of the centers to a simplex, over the classes that have a center. A class
+    has one unless its center is zero.
 
     Args:
         features: deep features, floating point, `(*, d)`.
         target: class indices, an integer type, `(*)` with values in [0, C) or `ignore_index`; or
             class probabilities, floating point, `(*, C)`: soft labels, mixup, compound labels.
         centers: floating point, (C, d) with C >= 2.
+        form: ``"simplex"`` or ``"paper"``, for L_inter as in `inter_class_loss`.
         weight: class weights, floating point, (C,), not negative. A sample has the weight of its
             class, or under probabilities the mean weight of its classes.
         ignore_index: samples with this class index are ignored. Unused under probabilities.
         reduction: ``"mean"`` returns the weighted mean of L_intra over the samples, plus L_inter;
             ``"none"`` the weight of each sample times its (L_intra + L_inter), shape `(*)`;
             ``"sum"`` the sum of these. If all samples are ignored, L_intra is 0.
-        scale_free: multiplies the gradient for each sample's features by their norm, held constant.
-            The pull on a sample then does not depend on the norm of its features. This is not the
-            gradient of any loss; values and the gradient for centers do not change.
-        separation: L_inter as in `inter_class_loss`: ``"mean"``, Eq. 3, or ``"square"``.
+        label_smoothing: e in [0, 1], as in `torch.nn.functional.cross_entropy`: the target is
+            (1 - e) times the given one, plus e / C for each class.
 
     Returns:
         A scalar, or `(*)` for ``reduction="none"``, in float32 or wider.
@@ -206,7 +213,7 @@ def separate_loss(
     Raises:
         TypeError: an argument is of a wrong type.
         ValueError: sizes do not fit together, fewer than two classes, devices differ, a negative
-            weight, or an unknown reduction or separation.
+            weight, label smoothing outside of [0, 1], or an unknown form or reduction.
         IndexError: a class index is out of range. On accelerators and in compiled code an assertion
             on the device fails instead, because reading the index would synchronise.
 
@@ -214,12 +221,14 @@ def separate_loss(
         >>> centers = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
         >>> features = torch.tensor([[1.0, 0.0], [0.0, -1.0]])
         >>> separate_loss(features, torch.tensor([0, 1]), centers)
-        tensor(1.)
+        tensor(0.7500)
         >>> separate_loss(features, torch.tensor([[1.0, 0.0], [0.5, 0.5]]), centers)
-        tensor(0.8750)
+        tensor(0.6250)
+        >>> separate_loss(features, torch.tensor([0, 1]), centers, form="paper")
+        tensor(1.)
 
     """
-    options = Options(weight, ignore_index, reduction, scale_free, separation)
+    options = Options(form, weight, ignore_index, reduction, label_smoothing)
     return run_step(features, target, centers, options).loss
 
 
@@ -228,9 +237,9 @@ def update_centers(
     target: Tensor,
     centers: Tensor,
     *,
-    center_lr: float | None,
+    form: Form = "simplex",
+    center_lr: float | None = None,
     ignore_index: int = -100,
-    separation: Separation = "mean",
 ) -> Tensor:
     r"""The centers after one step of the paper's update, which is not a gradient step on Eq. 4.
 
@@ -248,18 +257,19 @@ def update_centers(
 
     with n_j the number of samples of class j and m the number of all samples. Eq. 7 is half of the
     gradient of Eq. 3, and Eq. 6 is the gradient of Eq. 2 over 1 + n_j. Under class probabilities
-    n_j is their sum. With ``separation="square"``, half of its gradient replaces Eq. 7. Samples
+    n_j is their sum. With ``form="simplex"``, half of the gradient of Q replaces Eq. 7. Samples
     with NaN or infinity in their features are ignored. A zero center stays zero.
 
     Args:
         features: as in `separate_loss`.
         target: as in `separate_loss`.
         centers: as in `separate_loss`; not modified.
+        form: as in `inter_class_loss`.
         center_lr: alpha, finite and not negative. None takes m / 10, so that the effect of a sample
-            by Eq. 6 does not depend on the batch size, and at most 4 (C - 1): with unit centers, a
-            larger alpha makes their sum grow by Eq. 7.
+            by Eq. 6 does not depend on the batch size, and at most 4 (C - 1), or 4 (n - 1) with the
+            n centers of the simplex form: with unit centers, a larger alpha makes their sum grow by
+            Eq. 7.
         ignore_index: as in `separate_loss`.
-        separation: as in `inter_class_loss`.
 
     Returns:
         New centers (C, d) in the type of `centers`, without a graph.
@@ -271,13 +281,13 @@ def update_centers(
     Examples:
         >>> centers = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> features = torch.tensor([[1.0, 1.0]])
-        >>> update_centers(features, torch.tensor([0]), centers, center_lr=1.0)
+        >>> update_centers(features, torch.tensor([0]), centers, form="paper", center_lr=1.0)
         tensor([[ 1.0000, -0.0732],
                 [-0.2500,  1.0000]])
 
     """
     check_center_lr(center_lr)
-    options = Options(ignore_index=ignore_index, separation=separation)
+    options = Options(form, ignore_index=ignore_index)
     with torch.no_grad():
         step = run_step(features, target, centers, options)
         moved = centers.clone()

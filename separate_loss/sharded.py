@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor, Shard
 from separate_loss._batch import Options, check_arguments, prepare_batch
 from separate_loss._checks import (
     CenterInit,
+    Form,
     Reduction,
-    Separation,
     check_center_init,
     check_center_lr,
     check_initialized,
@@ -24,7 +24,7 @@ from separate_loss._checks import (
 from separate_loss._distributed import check_same_dtype
 from separate_loss._modules import Terms, init_centers_
 from separate_loss._ops import gather_centers, gram_of_centers
-from separate_loss._separation import count_nonzero, separation
+from separate_loss._separation import count_centers, inter_class
 from separate_loss._step import class_sums, finite_samples, intra_class, reduce
 from separate_loss._update import CenterStatistics, update_centers_
 
@@ -32,7 +32,7 @@ __all__ = ["ShardedSeparateLoss"]
 
 
 class ShardedSeparateLoss(nn.Module):
-    r"""`SeparateLoss` under the paper's update, with C/k centers on each of k processes.
+    r"""`SeparateLoss` under the forward update, with C/k centers on each of k processes.
 
     Each process passes its own part of the batch and gets the loss of `SeparateLoss` on it. A
     message holds at most one row per sample, so that no message and no process holds C x d values.
@@ -44,9 +44,9 @@ class ShardedSeparateLoss(nn.Module):
 
     Args:
         num_classes, feature_dim: as in `SeparateLoss`.
+        form: as there. ``"simplex"`` sends d^2 more numbers.
         center_lr, center_init: as there; a tensor has shape (C, d) on every process.
-        ignore_index, reduction, scale_free, separation: as there. ``"square"`` sends d^2 more
-            numbers.
+        ignore_index, reduction: as there.
         mesh: the processes to shard over, in one dimension; None takes all.
         device, dtype: of the centers, as there; the mesh's device by default.
 
@@ -83,12 +83,11 @@ class ShardedSeparateLoss(nn.Module):
         num_classes: int,
         feature_dim: int,
         *,
+        form: Form = "simplex",
         center_lr: float | None = None,
         center_init: CenterInit | Tensor = "features",
         ignore_index: int = -100,
         reduction: Reduction = "mean",
-        scale_free: bool = False,
-        separation: Separation = "mean",
         mesh: DeviceMesh | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -97,8 +96,8 @@ class ShardedSeparateLoss(nn.Module):
         check_int("num_classes", num_classes, least=2)
         check_int("feature_dim", feature_dim, least=1)
         check_center_lr(center_lr)
-        check_center_init(center_init, (num_classes, feature_dim), "paper")
-        Options(None, ignore_index, reduction, scale_free, separation).check()
+        check_center_init(center_init, (num_classes, feature_dim), "forward")
+        Options(form, None, ignore_index, reduction).check()
         if not dist.is_initialized():
             raise RuntimeError("call torch.distributed.init_process_group before sharding centers")
         if device is None:
@@ -111,12 +110,11 @@ class ShardedSeparateLoss(nn.Module):
 
         self.num_classes = num_classes
         self.feature_dim = feature_dim
+        self.form: Form = form
         self.center_lr = center_lr
         self.center_init = center_init if isinstance(center_init, str) else "tensor"
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
-        self.scale_free = scale_free
-        self.separation: Separation = separation
         self.last_terms: Terms | None = None
 
         # As `Shard` splits rows: equal numbers for all but the last processes.
@@ -158,7 +156,7 @@ class ShardedSeparateLoss(nn.Module):
         if not self._checked:
             check_initialized("centers", shard, is_set=True)
             self._checked = True
-        options = Options(None, self.ignore_index, self.reduction, self.scale_free, self.separation)
+        options = Options(self.form, None, self.ignore_index, self.reduction)
         check_arguments(features, target, shard, options, self.num_classes)
         batch = prepare_batch(features, target, shard, options, self.num_classes)
 
@@ -174,20 +172,20 @@ class ShardedSeparateLoss(nn.Module):
             units, valid = finite_samples(similarity, batch.valid)
             sums, counts = class_sums(units, class_of_sample, valid, len(classes))
             gram = None
-            if self.separation == "square":
+            if self.form == "simplex":
                 gram = gram_of_centers(batch.centers, by_class=False)
-            num_nonzero, num_samples, center_sum, gram = _all_reduce(
-                exchange.group, count_nonzero(norms), counts.sum(), center_sum, gram
+            num_centers, num_samples, center_sum, gram = _all_reduce(
+                exchange.group, count_centers(norms), counts.sum(), center_sum, gram
             )
-        inter = separation(center_sum, gram, num_nonzero, self.num_classes)
+        inter = inter_class(center_sum, gram, num_centers, self.num_classes)
         intra = reduce(similarity.loss, batch.sample_weight, None, "mean")
-        self.last_terms = Terms(intra.detach(), inter)
+        self.last_terms = Terms(intra.detach(), inter, num_centers)
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
                 packed = exchange.to_owners(torch.cat([sums, counts.unsqueeze(-1)], dim=-1))
                 update_centers_(
                     batch.centers,
-                    CenterStatistics(norms, center_sum, gram, self.num_classes),
+                    CenterStatistics(norms, center_sum, gram, num_centers, self.num_classes),
                     packed[:, :-1],
                     packed[:, -1],
                     index,
@@ -215,9 +213,8 @@ class ShardedSeparateLoss(nn.Module):
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
         return (
-            f"num_classes={self.num_classes}, feature_dim={self.feature_dim}, "
+            f"num_classes={self.num_classes}, feature_dim={self.feature_dim}, form={self.form!r}, "
             f"center_lr={self.center_lr}, center_init={self.center_init!r}, "
-            f"scale_free={self.scale_free}, separation={self.separation!r}, "
             f"reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
             f"processes={self.centers.device_mesh.size()}"
         )
@@ -225,13 +222,13 @@ class ShardedSeparateLoss(nn.Module):
 
 def _all_reduce(
     group: dist.ProcessGroup,
-    num_nonzero: Tensor,
+    num_centers: Tensor,
     num_samples: Tensor,
     center_sum: Tensor,
     gram: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Sums each of the tensors over all processes, in one message."""
-    parts = [torch.stack([num_nonzero, num_samples]), center_sum]
+    parts = [torch.stack([num_centers.to(num_samples), num_samples]), center_sum]
     parts += [] if gram is None else [gram.flatten()]
     packed = torch.cat(parts)
     dist.all_reduce(packed, group=group)

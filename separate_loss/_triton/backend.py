@@ -66,7 +66,7 @@ def kernels_for(
 
 def _supports(target: Tensor, centers: Tensor, options: Options) -> bool:
     """Whether the kernels compute what is asked for."""
-    plain = options.weight is None and options.separation == "mean"
+    plain = options.form == "paper" and options.weight is None and options.label_smoothing == 0
     indices = options.reduction == "mean" and not target.is_floating_point()
     transformed = not is_compiling() and in_transform()
     return plain and indices and centers.shape[1] <= MAX_FEATURES and not transformed

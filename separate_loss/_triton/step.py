@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from separate_loss._batch import Options, compute_dtype
-from separate_loss._ops import gather_centers, normalize, scale_gradient
-from separate_loss._separation import count_nonzero, separation
+from separate_loss._ops import gather_centers, normalize
+from separate_loss._separation import count_centers, inter_class
 from separate_loss._torch import assert_on_device, under_vmap
 from separate_loss._triton import kernels
 from separate_loss._update import CENTER_LR_PER_SAMPLE
@@ -261,7 +261,7 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     if centers is not None:
         index = target.where(valid, 0).long()
         target_centers, center_sum, norms = gather_centers(centers.to(dtype), index)
-        inter = separation(center_sum, None, count_nonzero(norms), len(norms))
+        inter = inter_class(center_sum, None, count_centers(norms), len(norms))
     # Eq. 4 without a constant.
     loss = inter - (unit_features * target_centers).sum() * (scalars[2] / 2)
     needed = ctx.needs_input_grad
@@ -279,6 +279,7 @@ class TritonStep(NamedTuple):
     loss: Tensor
     intra: Tensor
     inter: Tensor
+    num_centers: Tensor
     saved: tuple[Any, ...]
 
     def update_(
@@ -291,9 +292,6 @@ class TritonStep(NamedTuple):
 def run_step(features: Tensor, target: Tensor, centers: Tensor, options: Options) -> TritonStep:
     """Computes both terms, of validated arguments."""
     features = features.reshape(-1, centers.shape[1])
-    if options.scale_free:
-        # A gradient in half precision could underflow before it is scaled.
-        features = scale_gradient(features.to(compute_dtype(features, centers)))
     target = target.reshape(-1)
     loss, scalars, _, *stats = read_op(features, target, centers, options.ignore_index)
     assert_on_device(
@@ -301,4 +299,5 @@ def run_step(features: Tensor, target: Tensor, centers: Tensor, options: Options
         f"target must hold class indices in [0, {len(centers)}) or ignore_index",
     )
     saved = features.detach(), target, scalars, *stats, options.ignore_index
-    return TritonStep(loss, scalars[0], scalars[1], saved)
+    num_centers = (stats[1][0] != 0).sum()
+    return TritonStep(loss, scalars[0], scalars[1], num_centers, saved)

@@ -36,7 +36,7 @@ class Shapes(TorchDispatchMode):
                 yield tuple(value.shape)
 
 
-@pytest.mark.parametrize("center_update", ["paper", "gradient"])
+@pytest.mark.parametrize("center_update", ["forward", "gradient"])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 def test_no_tensor_has_all_pairs_of_samples_or_classes(kind: str, center_update: Any) -> None:
     torch.manual_seed(0)
@@ -58,7 +58,7 @@ def test_no_tensor_has_all_pairs_of_samples_or_classes(kind: str, center_update:
         assert not any({NUM_SAMPLES, NUM_CLASSES} <= set(shape) for shape in shapes.seen)
 
 
-@pytest.mark.parametrize("center_update", ["paper", "gradient"])
+@pytest.mark.parametrize("center_update", ["forward", "gradient"])
 def test_probabilities_are_not_copied(center_update: Any) -> None:
     torch.manual_seed(0)
     criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_update=center_update)
@@ -103,7 +103,7 @@ print(step(100_000))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux's /proc")
-@pytest.mark.parametrize("center_update", ["paper", "gradient"])
+@pytest.mark.parametrize("center_update", ["forward", "gradient"])
 def test_a_step_with_100_000_classes_needs_less_than_two_copies_of_the_centers(
     center_update: str,
 ) -> None:

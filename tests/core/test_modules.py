@@ -298,11 +298,11 @@ class TestModuleInterface:
         )
         criterion = SeparateLoss(
             7, 2, center_update="none", center_init=torch.rand(7, 2), ignore_index=3,
-            weight=torch.ones(7), reduction="sum", scale_free=True, separation="square",
+            weight=torch.ones(7), reduction="sum", ,
         )  # fmt: skip
         assert repr(criterion) == (
             "SeparateLoss(num_classes=7, feature_dim=2, center_update='none', "
-            "center_init='tensor', reduction='sum', scale_free=True, separation='square', "
+            "center_init='tensor', reduction='sum', "
             "ignore_index=3, weight=...)"
         )
 
@@ -368,7 +368,7 @@ class TestUninitialisedCenters:
         assert criterion.weight is not None
         assert torch.equal(criterion.weight, weight)
 
-    @pytest.mark.parametrize("center_update", ["paper", "gradient", "none"])
+    @pytest.mark.parametrize("center_update", ["forward", "gradient", "none"])
     def test_empty_memory_after_the_meta_device_is_refused(self, center_update: Any) -> None:
         features, target = torch.randn(6, FEATURE_DIM), torch.arange(6) % NUM_CLASSES
 

@@ -64,7 +64,7 @@ def test_zero_vectors_have_loss_1_and_no_gradient(dtype: torch.dtype, kind: str)
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-@pytest.mark.parametrize("center_update", ["paper", "gradient", "none"])
+@pytest.mark.parametrize("center_update", ["forward", "gradient", "none"])
 @pytest.mark.parametrize("size", [0, 1])
 def test_batches_of_0_and_1_samples_are_finite(kind: str, center_update: str, size: int) -> None:
     criterion = SeparateLoss(3, 4, center_update=center_update)  # type: ignore[arg-type]

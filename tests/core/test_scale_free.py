@@ -160,7 +160,7 @@ def test_compiled_gradients_equal_uncompiled_ones(kind: str) -> None:
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("center_update", ["paper", "gradient", "none"])
+@pytest.mark.parametrize("center_update", ["forward", "gradient", "none"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_centers_of_a_module_move_as_without_scale_free(
     center_update: Any, autocast: bool

@@ -142,7 +142,7 @@ def test_sizes_come_from_the_layers_of_the_head(head: nn.Module) -> None:
     assert SoftmaxSeparateLoss(head).separate.centers.shape == (5, 16)
 
 
-@pytest.mark.parametrize("center_update", ["paper", "gradient", "none"])
+@pytest.mark.parametrize("center_update", ["forward", "gradient", "none"])
 def test_heads_without_sizes_need_them_as_arguments(center_update: Any) -> None:
     """Optimizers, averaged models and `to` would miss centers that are created later."""
     for head, missing in ((WithoutSizes(), "num_classes"), (nn.LazyLinear(5), "feature_dim")):

@@ -130,7 +130,7 @@ def test_first_and_second_derivatives_of_the_loss(shape: tuple[int, int], kind: 
 
 
 @pytest.mark.parametrize("shape", [(7, 64), (64, 7)])
-@pytest.mark.parametrize("center_update", ["paper", "gradient"])
+@pytest.mark.parametrize("center_update", ["forward", "gradient"])
 def test_compiled_modules_equal_uncompiled_ones(shape: tuple[int, int], center_update: Any) -> None:
     """test_compile.py has class probabilities."""
     torch._dynamo.reset()

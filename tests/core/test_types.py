@@ -89,7 +89,7 @@ def test_autocast_changes_nothing(half: torch.dtype, kind: str, backward_inside:
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("center_update", ["paper", "gradient"])
+@pytest.mark.parametrize("center_update", ["forward", "gradient"])
 def test_training_continues_after_the_gradient_scaler_skips_an_overflow(center_update: Any) -> None:
     model = nn.Linear(6, 4)
     criterion = SeparateLoss(3, 4, center_update=center_update)
@@ -153,7 +153,7 @@ def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-@pytest.mark.parametrize("center_update", ["paper", "gradient"])
+@pytest.mark.parametrize("center_update", ["forward", "gradient"])
 def test_meta_and_fake_tensors_have_shapes_and_types(kind: str, center_update: Any) -> None:
     for mode, device in ((nullcontext(), "meta"), (FakeTensorMode(), "cpu")):
         with mode, torch.device(device):

@@ -39,7 +39,7 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(triton_step.move_op, (centers, features, target, *others, 0.5, True))
 
 
-@pytest.mark.parametrize("center_update", ["paper", "gradient"])
+@pytest.mark.parametrize("center_update", ["forward", "gradient"])
 def test_compiled_steps_have_one_graph_for_all_batch_sizes(center_update: Any) -> None:
     torch._dynamo.reset()
     plain = SeparateLoss(4, 3, center_update=center_update)
@@ -112,7 +112,7 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("center_update", ["paper", "gradient"])
+@pytest.mark.parametrize("center_update", ["forward", "gradient"])
 def test_a_step_has_at_most_6_launches(center_update: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward, backward, and the update or the gradient of the centers."""
     problem = random_problem(16, 64, 7)

@@ -1,4 +1,4 @@
-"""The reference implementation: Eq. 1 to 8 of the paper in NumPy, float64 and plain loops.
+"""The reference: Eq. 1 to 8 of the paper, then the simplex form, in NumPy, float64 and loops.
 
 It is written from the equations and imports nothing from the package. `probabilities` (N, C) are
 class probabilities: one-hot rows for class indices, and rows of zeros for ignored samples. A zero
@@ -69,11 +69,17 @@ def intra_loss(
 
 
 def separate_loss(
-    features: Array, probabilities: Array, centers: Array, weight: Array, reduction: str
+    features: Array,
+    probabilities: Array,
+    centers: Array,
+    weight: Array,
+    reduction: str,
+    form: str = "paper",
 ) -> Array:
     """Eq. 4."""
     terms = intra_terms(features, probabilities, centers, weight)
-    return _reduce(terms, sample_weights(probabilities, weight), inter_loss(centers), reduction)
+    inter = inter_loss(centers) if form == "paper" else simplex_loss(centers)
+    return _reduce(terms, sample_weights(probabilities, weight), inter, reduction)
 
 
 def _reduce(terms: Array, weights: Array, inter: float, reduction: str) -> Array:
@@ -136,44 +142,60 @@ def update_centers(
     probabilities: Array,
     centers: Array,
     center_lr: float | None,
-    separation: str = "mean",
+    form: str = "paper",
 ) -> Array:
     """Eq. 8; without `center_lr`, alpha is `default_center_lr`."""
     intra = intra_direction(features, probabilities, centers)
-    apart = (
-        inter_direction(centers) if separation == "mean" else square_separation_direction(centers)
-    )
-    alpha = default_center_lr(probabilities, len(centers)) if center_lr is None else center_lr
+    apart = inter_direction(centers) if form == "paper" else simplex_direction(centers)
+    alpha = default_center_lr(probabilities, centers, form) if center_lr is None else center_lr
     return centers - alpha * (intra + apart)
 
 
-def default_center_lr(probabilities: Array, num_classes: int) -> float:
-    """0.1 times the number of samples (1 for none), at most 4 (C - 1)."""
-    return float(min(0.1 * (probabilities.sum() or 1), 4 * (num_classes - 1)))
+def default_center_lr(probabilities: Array, centers: Array, form: str = "paper") -> float:
+    """0.1 times the number of samples (1 for none), at most 4 (C - 1), or 4 (n - 1) for n > 1."""
+    n = len(centers) if form == "paper" else max(2, len(nonzero(centers)))
+    return float(min(0.1 * (probabilities.sum() or 1), 4 * (n - 1)))
 
 
-def square_separation(centers: Array) -> float:
-    """The squared separation: squared distances of cosines from -1 / (C - 1), scaled to [0, 1]."""
-    num_classes = len(centers)
-    a = 1 / (num_classes - 1)
+def smooth(probabilities: Array, label_smoothing: float) -> Array:
+    """Label smoothing; rows of zeros, of ignored samples, stay zero."""
+    smoothed = np.zeros_like(probabilities)
+    num_classes = probabilities.shape[1]
+    for i in range(len(probabilities)):
+        if probabilities[i].any():
+            for j in range(num_classes):
+                smoothed[i, j] = (1 - label_smoothing) * probabilities[i, j]
+                smoothed[i, j] += label_smoothing / num_classes
+    return smoothed
+
+
+def nonzero(centers: Array) -> list[int]:
+    return [j for j in range(len(centers)) if centers[j].any()]
+
+
+def simplex_loss(centers: Array) -> float:
+    """L_inter of the simplex form, over the centers that are not zero."""
+    present = nonzero(centers)
+    n = len(present)
     total = 0.0
-    for k in range(num_classes):
-        for j in range(num_classes):
-            if j != k and centers[k].any() and centers[j].any():
-                total += (cosine(centers[k], centers[j]) + a) ** 2
-    return total / (num_classes * (num_classes - 1) * (1 + a) ** 2)
+    for k in present:
+        for j in present:
+            if j != k:
+                total += (cosine(centers[k], centers[j]) + 1 / (n - 1)) ** 2
+    return total / (n * (n - 1) * (1 + 1 / (n - 1)) ** 2) if n > 1 else 0.0
 
 
-def square_separation_direction(centers: Array) -> Array:
-    """Half of the gradient of `square_separation`."""
-    num_classes = len(centers)
-    a = 1 / (num_classes - 1)
+def simplex_direction(centers: Array) -> Array:
+    """Half of the gradient of `simplex_loss`."""
+    present = nonzero(centers)
+    n = len(present)
     direction = np.zeros_like(centers)
-    for j in range(num_classes):
-        for k in range(num_classes):
-            if k != j and centers[k].any() and centers[j].any():
+    for j in present:
+        for k in present:
+            if k != j:
+                a = 1 / (n - 1)
                 push = 2 * (cosine(centers[j], centers[k]) + a) * derivative(centers[j], centers[k])
-                direction[j] += push / (num_classes * (num_classes - 1) * (1 + a) ** 2)
+                direction[j] += push / (n * (n - 1) * (1 + a) ** 2)
     return direction
 
 
