@@ -181,7 +181,12 @@ def test_the_module_refuses_invalid_batches(
         ("num_classes", True, TypeError, "num_classes must be an int, got bool"),
         ("feature_dim", 0, ValueError, "feature_dim must be at least 1, got 0"),
         ("feature_dim", "4", TypeError, "feature_dim must be an int, got str"),
-        ("center_update", "sgd", ValueError, "center_update must be one of 'paper', .* got 'sgd'"),
+        (
+            "center_update",
+            "sgd",
+            ValueError,
+            "center_update must be one of 'forward', .* got 'sgd'",
+        ),
         ("center_init", "zeros", ValueError, "center_init must be one of .* got 'zeros'"),
         ("center_init", CENTERS[:3], ValueError, r"center_init .* \(5, 4\), got \(3, 4\)"),
         ("center_init", CENTERS.long(), TypeError, "center_init must be floating point"),
@@ -200,8 +205,8 @@ def test_the_module_refuses_invalid_options(
 
 
 @pytest.mark.parametrize("center_update", ["gradient", "none"])
-def test_center_init_features_needs_the_paper_update(center_update: Any) -> None:
-    with pytest.raises(ValueError, match="center_init='features' needs center_update='paper'"):
+def test_center_init_features_needs_the_forward_update(center_update: Any) -> None:
+    with pytest.raises(ValueError, match="center_init='features' needs center_update='forward'"):
         SeparateLoss(5, 4, center_update=center_update, center_init="features")
 
 

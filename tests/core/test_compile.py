@@ -40,6 +40,7 @@ def test_the_loss_compiles_to_one_graph(kind: str, reduction: Any) -> None:
         return separate_loss(features, target, centers, reduction=reduction).sum()
 
     fast, counter = compiled(loss)
+    graphs = set()
     for size in SIZES:
         features, target = batch(kind, size)
         centers = torch.randn(NUM_CLASSES, FEATURE_DIM)
@@ -49,14 +50,16 @@ def test_the_loss_compiles_to_one_graph(kind: str, reduction: Any) -> None:
             value = function(leaves[0], target, leaves[1])
             results.append((value, *torch.autograd.grad(value, leaves)))
         torch.testing.assert_close(*results)
-    assert counter.frame_count == 1
+        graphs.add(counter.frame_count)
+    # The first call is traced twice, as floats are first taken for variables.
+    assert graphs in ({1}, {2})
 
 
 @pytest.mark.parametrize(
     ("kind", "center_update"),
     [
-        ("indices", "paper"),
-        ("probabilities", "paper"),
+        ("indices", "forward"),
+        ("probabilities", "forward"),
         ("indices", "gradient"),
         ("indices", "none"),
     ],
@@ -64,7 +67,7 @@ def test_the_loss_compiles_to_one_graph(kind: str, reduction: Any) -> None:
 def test_the_module_compiles_to_one_graph(kind: str, center_update: Any) -> None:
     plain = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_update=center_update)
     twin = copy.deepcopy(plain)
-    one_graph = COMPILES_UPDATES or center_update != "paper"
+    one_graph = COMPILES_UPDATES or center_update != "forward"
     fast, counter = compiled(twin, fullgraph=one_graph)
     graphs = []
     for size in SIZES:
@@ -80,7 +83,6 @@ def test_the_module_compiles_to_one_graph(kind: str, center_update: Any) -> None
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other)
         graphs.append(counter.frame_count)
-    # torch 2.15 traces the first call twice, since it first takes `center_lr` for a variable.
     assert graphs[0] in ({1, 2} if one_graph else {0})
     assert set(graphs) == {graphs[0]}
 
@@ -90,10 +92,12 @@ def test_update_centers_compiles_to_one_graph() -> None:
         return F.update_centers(features, target, centers, center_lr=0.5)
 
     fast, counter = compiled(update)
+    graphs = set()
     for size in SIZES:
         arguments = *batch("indices", size), torch.randn(NUM_CLASSES, FEATURE_DIM)
         torch.testing.assert_close(fast(*arguments), update(*arguments))
-    assert counter.frame_count == 1
+        graphs.add(counter.frame_count)
+    assert graphs in ({1}, {2})
 
 
 def test_labels_out_of_range_are_refused() -> None:
@@ -105,14 +109,14 @@ def test_labels_out_of_range_are_refused() -> None:
 
 
 @pytest.mark.parametrize("shape", [(7, 64), (40, 8), (2, 3)])
-@pytest.mark.parametrize("separation", ["mean", "square"])
+@pytest.mark.parametrize("form", ["simplex", "paper"])
 @pytest.mark.parametrize(("dynamic", "center_init"), [(None, "features"), (True, "sphere")])
 def test_class_probabilities_update_the_centers_in_place(
-    shape: tuple[int, int], separation: Any, dynamic: bool | None, center_init: Any
+    shape: tuple[int, int], form: Any, dynamic: bool | None, center_init: Any
 ) -> None:
     """Earlier code raised KeyError in the compiler's C++ code generator for some of these."""
     torch._dynamo.reset()
-    plain = SeparateLoss(*shape, separation=separation, center_init=center_init)
+    plain = SeparateLoss(*shape, form=form, center_init=center_init)
     twin = copy.deepcopy(plain)
     fast = torch.compile(twin, dynamic=dynamic)
     features = torch.randn(8, shape[1], requires_grad=True)

@@ -80,9 +80,9 @@ def train(rank: int, size: int, options: dict[str, Any]) -> dict[str, Any]:
 SETTINGS: dict[str, dict[str, Any]] = {
     "random centers": {"center_init": "sphere", "center_lr": 1.0},
     "centers from features": {},
-    "probabilities": {"kind": "probabilities", "center_init": "normal"},
+    "probabilities": {"kind": "probabilities", "center_init": "sphere"},
     "label smoothing": {"label_smoothing": 0.1},
-    "square": {"separation": "square", "scale_free": True, "center_lr": 3.0},
+    "paper": {"form": "paper", "center_lr": 3.0},
     "gradient": {"center_update": "gradient"},
     "gradient, loss in DDP": {"center_update": "gradient", "wrap": "both"},
     "fully sharded model": {"wrap": "fsdp"},

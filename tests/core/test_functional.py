@@ -1,4 +1,4 @@
-"""The functions and their gradients against the reference: Eq. 1 to 8."""
+"""The paper's form, values and gradients, against the reference: Eq. 1 to 8."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from separate_loss import functional as F
 from separate_loss import separate_loss
-from separate_loss._checks import Reduction, Separation
+from separate_loss._checks import Form, Reduction
 from tests.helpers import reference
 from tests.helpers.properties import REDUCTIONS, Problem, assert_equal, problems, property_test
 
@@ -54,6 +54,7 @@ def test_intra_class_loss_is_eq_2(
         problem.features,
         problem.target,
         problem.centers,
+        form="paper",
         weight=problem.weight,
         ignore_index=problem.ignore_index,
         reduction=reduction,
@@ -68,7 +69,7 @@ def test_inter_class_loss_is_eq_3(
     data: st.DataObject, dtype: torch.dtype, max_exponent: int
 ) -> None:
     problem = drawn(data, dtype, max_exponent)
-    result = F.inter_class_loss(problem.centers)
+    result = F.inter_class_loss(problem.centers, form="paper")
     assert_equal(result, reference.inter_loss(problem.arrays[2]), computed_in(dtype))
 
 
@@ -82,6 +83,7 @@ def test_separate_loss_is_eq_4(
         problem.features,
         problem.target,
         problem.centers,
+        form="paper",
         weight=problem.weight,
         ignore_index=problem.ignore_index,
         reduction=reduction,
@@ -102,6 +104,7 @@ def test_gradient_of_features_is_eq_5(
         features,
         problem.target,
         centers.detach(),
+        form="paper",
         weight=problem.weight,
         ignore_index=problem.ignore_index,
     ).backward()
@@ -119,7 +122,11 @@ def test_gradient_of_centers_is_that_of_eq_4(
     problem = drawn(data, dtype, max_exponent, weighted=False)
     features, centers = problem.requiring_grad()
     separate_loss(
-        features.detach(), problem.target, centers, ignore_index=problem.ignore_index
+        features.detach(),
+        problem.target,
+        centers,
+        form="paper",
+        ignore_index=problem.ignore_index,
     ).backward()
     assert centers.grad is not None
     assert centers.grad.dtype == dtype
@@ -138,6 +145,7 @@ def test_update_centers_is_eq_6_to_8(
         problem.features,
         problem.target,
         problem.centers,
+        form="paper",
         center_lr=center_lr,
         ignore_index=problem.ignore_index,
     )
@@ -147,9 +155,7 @@ def test_update_centers_is_eq_6_to_8(
     expected = reference.update_centers(features, probabilities, centers, center_lr)
     # A step is of the size center_lr / norm; relative to it and to the center itself.
     size = np.linalg.norm(centers, axis=1)
-    alpha = (
-        reference.default_center_lr(probabilities, len(centers)) if center_lr is None else center_lr
-    )
+    alpha = reference.default_center_lr(probabilities, centers) if center_lr is None else center_lr
     step = np.divide(alpha, size, out=np.zeros_like(size), where=size > 0)
     scale = np.where(size > 0, np.maximum(size, step), 1.0)[:, None]
     actual = result.double() / torch.from_numpy(scale)
@@ -173,10 +179,10 @@ def test_update_is_not_a_gradient_step() -> None:
     target = torch.tensor([0, 0, 0, 1, 1, 2])
     centers = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     intra = F.intra_class_loss(features, target, centers)
-    inter = F.inter_class_loss(centers)
+    inter = F.inter_class_loss(centers, form="paper")
     (of_intra,) = torch.autograd.grad(intra, centers)
     (of_inter,) = torch.autograd.grad(inter, centers)
-    step = centers - F.update_centers(features, target, centers, center_lr=1.0)
+    step = centers - F.update_centers(features, target, centers, form="paper", center_lr=1.0)
     counts = torch.tensor([3, 2, 1, 0], dtype=torch.float64).unsqueeze(-1)
     torch.testing.assert_close(step, of_intra / (1 + counts) + of_inter / 2)
     assert not torch.allclose(step, of_intra + of_inter, rtol=0.1)
@@ -195,15 +201,15 @@ def test_empty_and_ignored_batches_leave_the_inter_class_loss() -> None:
         assert F.intra_class_loss(features, target, centers) == 0
 
 
-@pytest.mark.parametrize("separation", ["mean", "square"])
-def test_vmap_computes_in_double_precision(separation: Separation) -> None:
+@pytest.mark.parametrize("form", ["simplex", "paper"])
+def test_vmap_computes_in_double_precision(form: Form) -> None:
     """Under vmap, as on a GPU, the code cannot read values; counts must stay in float64."""
     torch.manual_seed(0)
     features, centers = torch.randn(3, 4, 5).double(), torch.randn(3, 7, 5).double()
     target = torch.randint(7, (3, 4))
 
     def loss(features: Tensor, target: Tensor, centers: Tensor) -> Tensor:
-        return separate_loss(features, target, centers, separation=separation)
+        return separate_loss(features, target, centers, form=form)
 
     each = [loss(*one) for one in zip(features, target, centers, strict=True)]
     found = torch.func.vmap(loss)(features, target, centers)

@@ -1,6 +1,7 @@
-"""First and second derivatives: backward, forward mode, and torch.func."""
+"""First and second derivatives of the paper's form: backward, forward mode, and torch.func."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import pytest
@@ -9,10 +10,13 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from separate_loss import SeparateLoss, separate_loss
+from separate_loss import SeparateLoss
 from separate_loss import functional as F
 from separate_loss._checks import Reduction
 
+separate_loss = partial(F.separate_loss, form="paper")
+intra_class_loss = partial(F.intra_class_loss, form="paper")
+inter_class_loss = partial(F.inter_class_loss, form="paper")
 TargetKind = Literal["indices", "ignoring", "probabilities"]
 
 NUM_SAMPLES, NUM_CLASSES, FEATURE_DIM = 4, 4, 3
@@ -44,7 +48,7 @@ def target_of(kind: TargetKind) -> Tensor:
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kind", ["indices", "ignoring", "probabilities"])
-@pytest.mark.parametrize("function", [separate_loss, F.intra_class_loss])
+@pytest.mark.parametrize("function", [separate_loss, intra_class_loss])
 def test_first_and_second_derivatives(
     function: Callable[..., Tensor],
     kind: TargetKind,
@@ -74,7 +78,7 @@ def test_first_and_second_derivatives_of_similarity_and_inter_class_loss(
 ) -> None:
     cases: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
         (F.similarity, (features, centers[:1])),
-        (F.inter_class_loss, (centers,)),
+        (inter_class_loss, (centers,)),
     ]
     for function, arguments in cases:
         assert gradcheck(function, arguments, check_forward_ad=True)
@@ -167,7 +171,7 @@ def test_functional_call_of_the_module_equals_the_function(
     features: Tensor, centers: Tensor
 ) -> None:
     criterion = SeparateLoss(
-        NUM_CLASSES, FEATURE_DIM, center_update="gradient", dtype=torch.float64
+        NUM_CLASSES, FEATURE_DIM, form="paper", center_update="gradient", dtype=torch.float64
     )
     target = target_of("indices")
     loss = functional_call(criterion, {"centers": centers}, (features, target))
@@ -192,8 +196,8 @@ def test_zero_vectors_have_finite_derivatives(kind: TargetKind) -> None:
 def test_gradients_of_both_terms_add_up(features: Tensor, centers: Tensor) -> None:
     target = target_of("indices")
     (whole,) = torch.autograd.grad(separate_loss(features, target, centers), centers)
-    (intra,) = torch.autograd.grad(F.intra_class_loss(features, target, centers), centers)
-    (inter,) = torch.autograd.grad(F.inter_class_loss(centers), centers)
+    (intra,) = torch.autograd.grad(intra_class_loss(features, target, centers), centers)
+    (inter,) = torch.autograd.grad(inter_class_loss(centers), centers)
     torch.testing.assert_close(whole, intra + inter)
 
 

@@ -13,11 +13,15 @@ from tests.helpers.properties import REDUCTIONS, Problem, problems, property_tes
 seeds = st.integers(0, 2**32 - 1)
 
 
-def loss_of(problem: Problem, reduction: str = "mean") -> Tensor:
+FORMS = st.sampled_from(["simplex", "paper"])
+
+
+def loss_of(problem: Problem, reduction: str = "mean", form: str = "simplex") -> Tensor:
     return separate_loss(
         problem.features,
         problem.target,
         problem.centers,
+        form=form,  # type: ignore[arg-type]
         weight=problem.weight,
         ignore_index=problem.ignore_index,
         reduction=reduction,  # type: ignore[arg-type]
@@ -38,7 +42,7 @@ def test_both_terms_are_within_their_bounds(problem: Problem, dtype: torch.dtype
     intra = F.intra_class_loss(
         problem.features, problem.target, problem.centers, ignore_index=problem.ignore_index
     )
-    inter = F.inter_class_loss(problem.centers)
+    inter = F.inter_class_loss(problem.centers, form="paper")
     num_classes = len(problem.centers)
     rounding = 4 * torch.finfo(dtype).eps
     assert 0 <= intra <= 1 + rounding
@@ -57,11 +61,11 @@ def test_inter_class_loss_is_minimal_if_unit_centers_sum_to_zero(
     simplex = torch.eye(num_classes, dtype=torch.float64) - 1 / num_classes
     rotation, _ = torch.linalg.qr(torch.randn(num_classes, num_classes, dtype=torch.float64))
     least = torch.tensor((num_classes - 2) / (2 * (num_classes - 1)), dtype=torch.float64)
-    assert_same(F.inter_class_loss(simplex @ rotation), least)
+    assert_same(F.inter_class_loss(simplex @ rotation, form="paper"), least)
     if num_classes % 2 == 0:
         # Opposite pairs sum to zero as well.
         halves = torch.randn(num_classes // 2, 3, dtype=torch.float64)
-        assert_same(F.inter_class_loss(torch.cat([halves, -halves])), least)
+        assert_same(F.inter_class_loss(torch.cat([halves, -halves]), form="paper"), least)
 
 
 @property_test(num_classes=st.integers(2, 40), seed=seeds)
@@ -71,8 +75,10 @@ def test_inter_class_loss_is_1_for_centers_of_one_direction(num_classes: int, se
     assert_same(F.inter_class_loss(centers), torch.ones((), dtype=torch.float64))
 
 
-@property_test(problem=problems(max_exponent=3), reduction=REDUCTIONS, seed=seeds)
-def test_positive_factors_change_nothing(problem: Problem, reduction: str, seed: int) -> None:
+@property_test(problem=problems(max_exponent=3), reduction=REDUCTIONS, form=FORMS, seed=seeds)
+def test_positive_factors_change_nothing(
+    problem: Problem, reduction: str, form: str, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     factors = [
         torch.from_numpy(10 ** rng.uniform(-6, 6, size=(len(vectors), 1)))
@@ -83,19 +89,19 @@ def test_positive_factors_change_nothing(problem: Problem, reduction: str, seed:
         features=problem.features * factors[0],
         centers=problem.centers * factors[1],
     )
-    assert_same(loss_of(scaled, reduction), loss_of(problem, reduction))
+    assert_same(loss_of(scaled, reduction, form), loss_of(problem, reduction, form))
 
 
-@property_test(problem=problems(max_exponent=3), reduction=REDUCTIONS, seed=seeds)
-def test_a_rotation_changes_nothing(problem: Problem, reduction: str, seed: int) -> None:
+@property_test(problem=problems(max_exponent=3), reduction=REDUCTIONS, form=FORMS, seed=seeds)
+def test_a_rotation_changes_nothing(problem: Problem, reduction: str, form: str, seed: int) -> None:
     torch.manual_seed(seed)
     dim = problem.features.shape[1]
     rotation, _ = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64))
     rotated = replace(
         problem, features=problem.features @ rotation, centers=problem.centers @ rotation
     )
-    assert_same(loss_of(rotated, reduction), loss_of(problem, reduction))
-    arguments = {"center_lr": 0.5, "ignore_index": problem.ignore_index}
+    assert_same(loss_of(rotated, reduction, form), loss_of(problem, reduction, form))
+    arguments = {"form": form, "center_lr": 0.5, "ignore_index": problem.ignore_index}
     moved = F.update_centers(problem.features, problem.target, problem.centers, **arguments)  # type: ignore[arg-type]
     turned = F.update_centers(rotated.features, problem.target, rotated.centers, **arguments)  # type: ignore[arg-type]
     size = moved.abs().max().clamp(min=1)
@@ -110,9 +116,9 @@ def test_the_order_of_samples_changes_nothing(problem: Problem, seed: int) -> No
     assert_same(loss_of(shuffled, "none"), loss_of(problem, "none")[order])
 
 
-@property_test(problem=problems(max_exponent=3), reduction=REDUCTIONS, seed=seeds)
+@property_test(problem=problems(max_exponent=3), reduction=REDUCTIONS, form=FORMS, seed=seeds)
 def test_a_permutation_of_classes_changes_nothing(
-    problem: Problem, reduction: str, seed: int
+    problem: Problem, reduction: str, form: str, seed: int
 ) -> None:
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(problem.centers)))
     inverse = order.argsort()
@@ -125,7 +131,8 @@ def test_a_permutation_of_classes_changes_nothing(
         assume(problem.ignore_index == -100)
         kept = problem.target >= 0
         changes["target"] = torch.where(kept, inverse[problem.target * kept], -100)
-    assert_same(loss_of(replace(problem, **changes), reduction), loss_of(problem, reduction))
+    permuted = loss_of(replace(problem, **changes), reduction, form)
+    assert_same(permuted, loss_of(problem, reduction, form))
 
 
 @property_test(problem=problems(max_exponent=3), times=st.integers(2, 4))
@@ -138,10 +145,10 @@ def test_a_repeated_batch_changes_nothing(problem: Problem, times: int) -> None:
     assert_same(loss_of(repeated), loss_of(problem))
 
 
-@property_test(problem=problems(max_exponent=2))
-def test_gradients_are_orthogonal_to_their_vectors(problem: Problem) -> None:
+@property_test(problem=problems(max_exponent=2), form=FORMS)
+def test_gradients_are_orthogonal_to_their_vectors(problem: Problem, form: str) -> None:
     features, centers = problem.requiring_grad()
-    loss_of(replace(problem, features=features, centers=centers)).backward()
+    loss_of(replace(problem, features=features, centers=centers), form=form).backward()
     for vectors in (features, centers):
         assert vectors.grad is not None
         along = (vectors.detach() * vectors.grad).sum(-1)
@@ -160,21 +167,24 @@ def test_none_mean_and_sum_agree(problem: Problem) -> None:
         assert_same(each.mean(), mean)
 
 
-@property_test(problem=problems(kind="indices"), reduction=REDUCTIONS)
-def test_one_hot_probabilities_equal_the_class_index(problem: Problem, reduction: str) -> None:
+@property_test(problem=problems(kind="indices"), reduction=REDUCTIONS, form=FORMS)
+def test_one_hot_probabilities_equal_the_class_index(
+    problem: Problem, reduction: str, form: str
+) -> None:
     _, probabilities, _ = problem.arrays
     one_hot = replace(problem, target=torch.from_numpy(probabilities))
-    assert_same(loss_of(one_hot, reduction), loss_of(problem, reduction))
+    assert_same(loss_of(one_hot, reduction, form), loss_of(problem, reduction, form))
     results = []
     for case in (problem, one_hot):
         features, centers = case.requiring_grad()
-        loss_of(replace(case, features=features, centers=centers)).backward()
+        loss_of(replace(case, features=features, centers=centers), form=form).backward()
         assert features.grad is not None
         assert centers.grad is not None
         moved = F.update_centers(
             case.features,
             case.target,
             case.centers,
+            form=form,  # type: ignore[arg-type]
             center_lr=1.0,
             ignore_index=case.ignore_index,
         )
@@ -182,7 +192,8 @@ def test_one_hot_probabilities_equal_the_class_index(problem: Problem, reduction
         size = torch.maximum(norms, 1 / norms).masked_fill(norms == 0, 1)
         results.append(
             (
-                features.grad * case.features.norm(dim=-1, keepdim=True),
+                features.grad
+                * (case.features.norm(dim=-1, keepdim=True) if form == "paper" else 1),
                 centers.grad * norms,
                 moved / size,
             )
@@ -224,7 +235,9 @@ def test_the_update_moves_centers_towards_their_samples(problem: Problem) -> Non
     if target.is_floating_point():
         target = torch.cat([target, torch.zeros_like(target)], dim=1)
     arguments = problem.features, target
-    moved = F.update_centers(*arguments, centers, center_lr=1e-3, ignore_index=problem.ignore_index)
+    moved = F.update_centers(
+        *arguments, centers, form="paper", center_lr=1e-3, ignore_index=problem.ignore_index
+    )
     before, after = (
         F.intra_class_loss(*arguments, rows, ignore_index=problem.ignore_index)
         for rows in (centers, moved)

@@ -31,7 +31,7 @@ def test_signatures_follow_torch() -> None:
     """Input first, target second, options by keyword."""
     for function in (functional.separate_loss, functional.intra_class_loss):
         assert str(inspect.signature(function)).startswith(
-            "(features: torch.Tensor, target: torch.Tensor, centers: torch.Tensor, *, weight:"
+            "(features: torch.Tensor, target: torch.Tensor, centers: torch.Tensor, *, form:"
         )
 
 

@@ -79,7 +79,7 @@ def test_batches_of_0_and_1_samples_are_finite(kind: str, center_update: str, si
 
 
 def test_an_empty_batch_moves_centers_apart() -> None:
-    criterion = SeparateLoss(3, 4, center_init="uniform", center_lr=0.1)
+    criterion = SeparateLoss(3, 4, center_init="sphere", center_lr=0.1)
     before = criterion.centers.clone()
     criterion(torch.zeros(0, 4, requires_grad=True), torch.zeros(0, dtype=torch.long))
     assert F.inter_class_loss(criterion.centers) < F.inter_class_loss(before)

@@ -25,16 +25,16 @@ FEATURE_DIM, STEPS = 4, 12
 SIZES = [2, 3]
 # 2 and 3 divide 6 classes. Of 3 processes, the last has one of 7 centers, and none of 4.
 CASES = [
-    ("features", 4, "paper"),
-    ("features", 7, "paper"),
-    ("tensor", 6, "paper"),
+    ("features", 4, "simplex"),
+    ("features", 7, "simplex"),
+    ("tensor", 6, "simplex"),
+    ("tensor", 7, "simplex"),
+    ("tensor", 4, "paper"),
     ("tensor", 7, "paper"),
-    ("tensor", 4, "square"),
-    ("tensor", 7, "square"),
 ]
 OPTIONS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "square": {"separation": "square", "scale_free": True, "center_lr": 2.0},
+    "simplex": {},
+    "paper": {"form": "paper", "center_lr": 2.0},
 }
 
 Case = tuple[str, int, str]
@@ -95,13 +95,10 @@ def run_alone(size: int, case: Case) -> list[Run]:
     """The same steps in one process: a run for each part."""
     num_classes = case[1]
     criterion = SeparateLoss(num_classes, FEATURE_DIM, **options_of(*case))
-    options: dict[str, Any] = {
-        "scale_free": criterion.scale_free, "separation": criterion.separation
-    }  # fmt: skip
     runs: list[Run] = [([], [], criterion.centers) for _ in range(size)]
     for parts in steps(size, num_classes):
         for (features, target), (losses, gradients, _) in zip(parts, runs, strict=True):
-            loss = separate_loss(features, target, criterion.centers.clone(), **options)
+            loss = separate_loss(features, target, criterion.centers.clone(), form=criterion.form)
             (gradient,) = torch.autograd.grad(loss, features)
             losses.append(loss.detach())
             gradients.append(gradient)
@@ -182,18 +179,15 @@ def compare_reductions(rank: int) -> dict[str, Any]:
 
 def draw_centers() -> dict[str, Tensor]:
     torch.manual_seed(0)
-    inits: Any = ("sphere", "normal", "uniform")
-    drawn = {}
-    for init in inits:
-        criterion = ShardedSeparateLoss(40, 8, center_init=init)
-        drawn[init] = criterion.centers.full_tensor().clone()
-        criterion.reset_parameters()
-        drawn[f"{init} again"] = criterion.centers.full_tensor()
-        assert not torch.equal(drawn[init], drawn[f"{init} again"])
-    given = ShardedSeparateLoss(40, 8, center_init=drawn["normal"])
+    criterion = ShardedSeparateLoss(40, 8, center_init="sphere")
+    drawn = {"sphere": criterion.centers.full_tensor().clone()}
+    criterion.reset_parameters()
+    drawn["sphere again"] = criterion.centers.full_tensor()
+    assert not torch.equal(drawn["sphere"], drawn["sphere again"])
+    given = ShardedSeparateLoss(40, 8, center_init=drawn["sphere"])
     given.centers.to_local().zero_()
     given.reset_parameters()
-    assert torch.equal(given.centers.full_tensor(), drawn["normal"])
+    assert torch.equal(given.centers.full_tensor(), drawn["sphere"])
     return drawn
 
 
@@ -221,7 +215,7 @@ def make_bad_calls(rank: int, size: int) -> list[str]:
 
 
 def save(folder: str) -> Tensor:
-    criterion = ShardedSeparateLoss(7, FEATURE_DIM, center_init="normal")
+    criterion = ShardedSeparateLoss(7, FEATURE_DIM, center_init="sphere")
     state_dict_saver.save({"criterion": criterion.state_dict()}, checkpoint_id=folder)
     return criterion.centers.full_tensor()
 

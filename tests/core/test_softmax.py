@@ -190,8 +190,8 @@ def test_training_resumes_bit_identically() -> None:
     assert torch.equal(first[1].separate.centers, second[1].separate.centers)
 
 
-@pytest.mark.parametrize("saved_as", ["paper", "gradient", "none"])
-@pytest.mark.parametrize("loaded_as", ["paper", "gradient", "none"])
+@pytest.mark.parametrize("saved_as", ["forward", "gradient", "none"])
+@pytest.mark.parametrize("loaded_as", ["forward", "gradient", "none"])
 def test_checkpoints_load_in_every_mode(saved_as: Any, loaded_as: Any) -> None:
     _, saved = model_and_loss(center_update=saved_as)
     _, loaded = model_and_loss(center_update=loaded_as, center_init="sphere")

@@ -5,7 +5,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from separate_loss._ops import gram_matrix, normalize, vector_norms
-from separate_loss._step import class_sums
+from separate_loss._step import class_sums, probability_sums
 from separate_loss._update import CenterStatistics, update_centers_
 from tests.helpers import reference
 from tests.helpers.properties import Problem, assert_equal, problems, property_test
@@ -14,29 +14,30 @@ from tests.helpers.properties import Problem, assert_equal, problems, property_t
 @property_test(
     problem=problems(kind="indices", weighted=False, min_samples=0, max_exponent=3),
     zero_classes=st.sets(st.integers(0, 3)),
-    separation=st.sampled_from(["mean", "square"]),
+    form=st.sampled_from(["simplex", "paper"]),
     center_lr=st.sampled_from([None, 0.5]),
     start_zeros=st.booleans(),
 )
 def test_samples_class_sums_and_one_hot_probabilities_give_the_same_centers(
     problem: Problem,
     zero_classes: set[int],
-    separation: str,
+    form: str,
     center_lr: float | None,
     start_zeros: bool,
 ) -> None:
     num_classes = len(problem.centers)
     problem.centers[[label for label in zero_classes if label < num_classes]] = 0
     center_units, norms = normalize(problem.centers)
-    gram = gram_matrix(center_units) if separation == "square" else None
-    statistics = CenterStatistics(norms, center_units.sum(0), gram, num_classes)
+    gram = gram_matrix(center_units) if form == "simplex" else None
+    num_centers = norms.isfinite().sum()
+    statistics = CenterStatistics(norms, center_units.sum(0), gram, num_centers, num_classes)
 
     valid = (problem.target != problem.ignore_index).double()
     units = normalize(problem.features)[0] * valid.unsqueeze(-1)
     index = problem.target.where(valid > 0, 0)
     _, one_hot, _ = problem.arrays
     by_class = class_sums(units, index, valid, num_classes)
-    by_probability = class_sums(units, torch.from_numpy(one_hot), valid, num_classes)
+    by_probability = probability_sums(units, torch.from_numpy(one_hot), valid, norms)
     # The direction of a sum that cancels is rounding error.
     starting = norms.isinf() & (by_class[1] > 0)
     assume(not start_zeros or (vector_norms(by_class[0][starting]) > 1e-3).all())
@@ -52,7 +53,9 @@ def test_samples_class_sums_and_one_hot_probabilities_give_the_same_centers(
         lengths = results[0][starting].norm(dim=-1)
         torch.testing.assert_close(lengths, torch.ones_like(lengths))
     # Relative to the norm, or to the size of a step: alpha / norm.
-    alpha = reference.default_center_lr(one_hot, num_classes) if center_lr is None else center_lr
+    alpha = center_lr
+    if alpha is None:
+        alpha = reference.default_center_lr(one_hot, problem.centers.numpy(), form)
     size = torch.maximum(norms, alpha / norms).masked_fill(norms.isinf(), 1).unsqueeze(-1)
     for other in results[1:]:
         assert_equal(other / size, (results[0] / size).numpy(), torch.float64)
