@@ -61,7 +61,9 @@ def test_no_tensor_has_all_pairs_of_samples_or_classes(kind: str, center_update:
 @pytest.mark.parametrize("center_update", ["forward", "gradient"])
 def test_probabilities_are_not_copied(center_update: Any) -> None:
     torch.manual_seed(0)
-    criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_update=center_update)
+    criterion = SeparateLoss(
+        NUM_CLASSES, FEATURE_DIM, center_update=center_update, center_init="sphere"
+    )
     features = torch.randn(NUM_SAMPLES, FEATURE_DIM, requires_grad=True)
     target = torch.rand(NUM_SAMPLES, NUM_CLASSES).softmax(-1)
 

@@ -1,5 +1,7 @@
 """Zero, tiny, huge, NaN and infinite vectors, and empty batches; the centers stay finite."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -13,10 +15,11 @@ from tests.helpers.properties import Problem, problems, property_test
 @pytest.mark.parametrize("norm", [1e-18, 1e-12, 1.0, 1e12, 1e18])
 @pytest.mark.parametrize("other_norm", [1e-18, 1.0, 1e18])
 @pytest.mark.parametrize("feature_dim", [1, 3, 64, 512])
+@pytest.mark.parametrize("form", ["simplex", "paper"])
 def test_the_loss_is_independent_of_norms_in_float32(
-    norm: float, other_norm: float, feature_dim: int
+    form: Any, norm: float, other_norm: float, feature_dim: int
 ) -> None:
-    """Gradients have the factor 1 / norm."""
+    """Gradients have the factor 1 / norm, but for features in the simplex form."""
     torch.manual_seed(0)
     units = torch.nn.functional.normalize(torch.randn(6, feature_dim), dim=-1)
     rows = torch.nn.functional.normalize(torch.randn(4, feature_dim), dim=-1)
@@ -25,12 +28,13 @@ def test_the_loss_is_independent_of_norms_in_float32(
     for scale, other_scale in ((1.0, 1.0), (norm, other_norm)):
         features = (units * scale).requires_grad_()
         centers = (rows * other_scale).requires_grad_()
-        loss = separate_loss(features, target, centers)
+        loss = separate_loss(features, target, centers, form=form)
         loss.backward()
         assert features.grad is not None
         assert centers.grad is not None
-        step = F.update_centers(features, target, centers, center_lr=other_scale**2) / other_scale
-        results.append((loss, features.grad * scale, centers.grad * other_scale, step))
+        moved = F.update_centers(features, target, centers, form=form, center_lr=other_scale**2)
+        of_features = features.grad * (scale if form == "paper" else 1)
+        results.append((loss, of_features, centers.grad * other_scale, moved / other_scale))
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
@@ -47,20 +51,23 @@ def test_the_loss_is_independent_of_norms_in_float64(norm: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_zero_vectors_have_loss_1_and_no_gradient(dtype: torch.dtype, kind: str) -> None:
+@pytest.mark.parametrize(("form", "expected"), [("simplex", 0.5), ("paper", 1.0)])
+def test_zero_vectors_have_cosine_0_and_no_gradient(
+    form: Any, expected: float, dtype: torch.dtype, kind: str
+) -> None:
     features = torch.zeros(3, 4, dtype=dtype, requires_grad=True)
     centers = torch.zeros(2, 4, dtype=dtype, requires_grad=True)
     target = torch.tensor([0, 1, 1])
     if kind == "probabilities":
         target = torch.nn.functional.one_hot(target).to(dtype)
-    loss = separate_loss(features, target, centers)
+    loss = separate_loss(features, target, centers, form=form)
     loss.backward()
-    assert loss == 1
+    assert loss == expected
     assert features.grad is not None
     assert centers.grad is not None
     assert not features.grad.any()
     assert not centers.grad.any()
-    assert not F.update_centers(features, target, centers, center_lr=1.0).any()
+    assert not F.update_centers(features, target, centers, form=form).any()
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])

@@ -275,7 +275,8 @@ def collectives(samples: int, size: int) -> list[tuple[str, int]]:
         ("alltoall_base_", 8 * 2 * size),  # how many classes go where, and the float type
         ("alltoall_base_", 8 * samples),  # classes
         ("alltoall_base_", 4 * samples * FEATURE_DIM),  # their unit centers
-        ("allreduce_", 4 * (FEATURE_DIM + 2)),  # the sum of unit centers, and two counts
+        # the sum of unit centers, their Gram matrix, and two counts
+        ("allreduce_", 4 * (FEATURE_DIM + FEATURE_DIM**2 + 2)),
         ("alltoall_base_", 4 * samples * (FEATURE_DIM + 1)),  # sums and counts
     ]
 
