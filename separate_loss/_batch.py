@@ -1,4 +1,4 @@
-"""The arguments of a step, validated and converted to one type and one leading dimension."""
+"""The arguments of a step, checked and prepared: one type, and samples in one dimension."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,6 @@ from separate_loss._checks import (
     check_label_smoothing,
     check_matches_centers,
 )
-from separate_loss._ops import matmul, scale_gradient
 from separate_loss._torch import assert_on_device, under_vmap
 from separate_loss._tracing import has_values
 
@@ -42,13 +41,17 @@ class Options(NamedTuple):
 class Batch(NamedTuple):
     """Samples and centers; `valid` and `sample_weight` are None where they are 1 for all."""
 
-    features: Tensor  # (N, d)
+    features: Tensor  # (N, d); 0 for ignored samples
     target: Tensor  # (N,) class indices, or (N, C) class probabilities
     valid: Tensor | None  # (N,): 0 for ignored samples, 1 for others
     sample_weight: Tensor | None  # (N,): 0 for ignored samples
     centers: Tensor  # (C, d)
-    class_weight: Tensor | None  # (C,)
-    label_smoothing: float
+    options: Options  # with class weights of the type of the centers
+
+    @property
+    def has_probabilities(self) -> bool:
+        """Whether the target holds class probabilities."""
+        return self.target.is_floating_point()
 
 
 def check_arguments(
@@ -78,26 +81,26 @@ def prepare_batch(
     num_classes = len(centers) if num_classes is None else num_classes
     dtype = compute_dtype(features, centers)
     features = features.to(dtype).reshape(-1, centers.shape[1])
-    features = scale_gradient(features) if options.form == "simplex" else features
-    class_weight = None if options.weight is None else options.weight.to(dtype)
+    weight = None if options.weight is None else options.weight.to(dtype)
     valid = sample_weight = None
     if target.is_floating_point():
         target = target.to(dtype).reshape(-1, num_classes)
-        sample_weight = target.sum(-1) if class_weight is None else matmul(target, class_weight)
+        sample_weight = target.sum(-1) if weight is None else target @ weight
     else:
         target, mask = mask_ignored(target.reshape(-1), num_classes, options.ignore_index)
         if mask is not None:
             valid = sample_weight = mask.to(dtype)
             features = features.where(mask.unsqueeze(-1), 0)
-        if class_weight is not None:
-            sample_weight = class_weight.index_select(0, target)
+        if weight is not None:
+            sample_weight = weight.index_select(0, target)
             sample_weight = sample_weight if valid is None else sample_weight * valid
     smoothing = options.label_smoothing
     if smoothing > 0 and sample_weight is not None and sample_weight is not valid:
-        total = num_classes if class_weight is None else class_weight.sum()
+        total = num_classes if weight is None else weight.sum()
         uniform = smoothing / num_classes * (total if valid is None else total * valid)
         sample_weight = (1 - smoothing) * sample_weight + uniform
-    return Batch(features, target, valid, sample_weight, centers.to(dtype), class_weight, smoothing)
+    options = options._replace(weight=weight)
+    return Batch(features, target, valid, sample_weight, centers.to(dtype), options)
 
 
 def mask_ignored(
@@ -138,5 +141,6 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The widest type of the tensors, float32 or wider."""
     dtype = torch.float32
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        if tensor.dtype != dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype

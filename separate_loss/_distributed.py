@@ -83,10 +83,11 @@ def all_reduce_sums(
     group: "ProcessGroup", dtype: torch.dtype, sums: Tensor, count: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Sums class sums (C, d) and counts (C,) over all processes, in one message of type `dtype`."""
-    packed = torch.cat([sums, count.unsqueeze(-1)], dim=-1)
+    num_classes, d = sums.shape
+    packed = sums.new_empty(num_classes + 1, d + 1, dtype=dtype)
+    packed[:-1, :-1], packed[:-1, -1] = sums, count
     # The last row counts the processes that compute in float64.
-    is_double = packed.new_full((1, packed.shape[1]), float(packed.dtype == torch.float64))
-    packed = torch.cat([packed, is_double]).to(dtype)
+    packed[-1] = float(sums.dtype == torch.float64)
     dist.all_reduce(packed, group=group)
     packed, of_double = packed[:-1].to(sums), packed[-1, 0]
     size = dist.get_world_size(group)

@@ -1,53 +1,83 @@
-"""One step: both terms of Eq. 4, and the update of the centers by Eq. 8."""
+"""One step: both terms of Eq. 4, their gradients in closed form, and the update of the centers."""
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from separate_loss._batch import Batch, Options, check_arguments, prepare_batch
-from separate_loss._checks import Reduction
-from separate_loss._distributed import all_reduce_sums
-from separate_loss._ops import (
-    clamp_value,
-    gather_centers,
-    gram_matrix,
-    gram_of_centers,
-    matmul,
-    normalize,
+from separate_loss._centers import (
+    CenterStatistics,
+    centers_gradient,
+    read_centers,
+    update_centers_,
+    weighted_units,
 )
-from separate_loss._separation import count_centers, inter_class
-from separate_loss._tracing import has_values
+from separate_loss._distributed import all_reduce_sums
+from separate_loss._ops import full_precision, read_norms
+from separate_loss._terms import (
+    Number,
+    inter_class,
+    intra_class,
+    normalize,
+    reduce,
+    scale_gradient,
+)
+from separate_loss._torch import under_vmap
+from separate_loss._tracing import in_eager
 from separate_loss._triton.backend import kernels_for
-from separate_loss._update import CenterStatistics, update_centers_
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class Step(Protocol):
-    """What `run_step` returns, whether PyTorch's operators or the Triton kernels ran it."""
+class Samples(NamedTuple):
+    """The samples beside the centers of their classes."""
 
-    @property
-    def loss(self) -> Tensor:
-        """The reduced loss."""
+    units: Tensor  # (N, d)
+    norms: Tensor  # (N,)
+    usable: Tensor | None  # mask of the samples that have a direction; None: all
+    target_centers: Tensor  # (N, d), unit centers times the sample weights
+    cosines: Tensor  # (N,), times the sample weights
 
-    @property
-    def intra(self) -> Tensor:
-        """The mean of Eq. 2, a scalar."""
 
-    @property
-    def inter(self) -> Tensor:
-        """The separation of the centers, a scalar."""
+class Step(NamedTuple):
+    """The loss of a batch, and what its gradients and the update need."""
+
+    loss: Tensor
+    intra: Tensor  # the mean of Eq. 2
+    inter: Tensor
+    total_weight: Number
+    batch: Batch
+    samples: Samples
+    statistics: CenterStatistics
+    group: "ProcessGroup | None" = None
 
     @property
     def num_centers(self) -> Tensor:
-        """The number of centers that are not zero, a scalar."""
+        """The number of centers that are not zero."""
+        return torch.as_tensor(self.statistics.num_centers)
 
+    @torch.no_grad()
     def update_(
         self, centers: Tensor, center_lr: float | None, *, start_zeros: bool = False
     ) -> None:
         """Applies Eq. 8 to the centers of the step, or to a copy of them, in place."""
+        # `batch.centers` is a copy if the step computed in another type than the centers'.
+        in_place = centers.dtype == self.batch.centers.dtype
+        updated = centers if in_place else self.batch.centers
+        with full_precision(centers.device.type):
+            update_centers_(
+                updated,
+                self.statistics,
+                *update_sums(self, centers.dtype),
+                center_lr=center_lr,
+                start_zeros=start_zeros,
+            )
+        if not in_place:
+            centers.copy_(updated)
 
 
 def run_step(
@@ -57,7 +87,7 @@ def run_step(
     options: Options,
     group: "ProcessGroup | None" = None,
 ) -> Step:
-    """Validates the arguments and computes both terms.
+    """Checks the arguments and computes both terms.
 
     With a process group, the update sums over the samples of all its processes.
     """
@@ -66,160 +96,204 @@ def run_step(
     if kernels is not None:
         step: Step = kernels.run_step(features, target, centers, options)
         return step
-    batch = prepare_batch(features, target, centers, options)
-    # Many samples of few classes: all unit centers are less work than a row for each sample. The
-    # compiler fuses that work. The sum of unit centers must be the same in all processes.
-    few_classes = not torch.compiler.is_compiling() and len(centers) <= len(batch.features)
-    simplex = options.form == "simplex"
-    weighted = batch.class_weight is not None and batch.label_smoothing > 0
-    by_class = batch.target.is_floating_point() or group is not None or few_classes or weighted
-    if by_class:
-        unit_centers, norms = normalize(batch.centers)
-        center_sum = unit_centers.sum(0)
-        target_centers = expected_centers(batch, unit_centers, center_sum)
-        gram = gram_matrix(unit_centers) if simplex else None
+    with full_precision(centers.device.type):
+        batch = prepare_batch(features, target, centers, options)
+        weight = batch.options.weight
+        differentiable = not in_eager() or batch.target.requires_grad
+        differentiable = differentiable or (weight is not None and weight.requires_grad)
+        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+            simplex = options.form == "simplex"
+            statistics = read_centers(batch.centers, simplex=simplex, differentiable=differentiable)
+            target_centers = expected_centers(batch, statistics)
+            samples = compare(batch, target_centers, differentiable=differentiable)
+            step = combine(batch, samples, statistics)
+        if not differentiable:
+            step = step._replace(loss=with_gradients(step))
+    loss = step.loss.reshape(features.shape[:-1]) if options.reduction == "none" else step.loss
+    return step._replace(loss=loss, group=group)
+
+
+def compare(batch: Batch, target_centers: Tensor, *, differentiable: bool = False) -> Samples:
+    """The cosines of samples and centers."""
+    if differentiable:
+        simplex = batch.options.form == "simplex"
+        units, norms = normalize(scale_gradient(batch.features) if simplex else batch.features)
+        usable: Tensor | None = norms.isfinite()
     else:
-        target_centers, center_sum, norms = gather_centers(batch.centers, batch.target)
-        target_centers = smooth_centers(batch, target_centers, center_sum, len(norms))
-        gram = gram_of_centers(batch.centers) if simplex else None
-    similarity = intra_class(batch, target_centers)
-    num_centers = count_centers(norms)
-    inter = inter_class(center_sum, gram, num_centers, len(norms))
-
-    intra = reduce(similarity.loss, batch.sample_weight, None, "mean")
-    if options.reduction == "mean":
-        loss = intra + inter
-    else:
-        loss = reduce(similarity.loss, batch.sample_weight, inter, options.reduction)
-    if options.reduction == "none":
-        loss = loss.reshape(features.shape[:-1])
-    statistics = CenterStatistics(norms, center_sum, gram, num_centers, len(norms))
-    return TorchStep(
-        loss, intra, inter, num_centers, batch, similarity, statistics, by_class, group
-    )
+        norms, usable = read_norms(batch.features)
+        units = batch.features / norms.unsqueeze(-1)
+    cosines = (units * target_centers).sum(-1)
+    return Samples(units, norms, usable, target_centers, cosines)
 
 
-class IntraClass(NamedTuple):
-    """The samples beside the centers of their classes."""
-
-    loss: Tensor  # (N,), the summands of Eq. 2 times the sample weights
-    unit_features: Tensor  # (N, d)
-    cosines: Tensor  # (N,), times the sample weights
-
-
-def intra_class(batch: Batch, target_centers: Tensor) -> IntraClass:
-    """Eq. 2, sample by sample; `target_centers` (N, d) are unit, or `expected_centers`."""
-    unit_features, _ = normalize(batch.features)
-    cosines = (unit_features * target_centers).sum(-1)
-    weight: Tensor | float = 1.0 if batch.sample_weight is None else batch.sample_weight
-    if not _is_expected(batch):
-        cosines = cosines * weight
-    cosines = clamp_value(cosines, -weight, weight)
-    return IntraClass((weight - cosines) / 2, unit_features, cosines)
+def combine(batch: Batch, samples: Samples, statistics: CenterStatistics) -> Step:
+    """Eq. 4, from its parts."""
+    weight, reduction = batch.sample_weight, batch.options.reduction
+    _, _, center_sum, gram, num_centers, num_classes = statistics
+    intra = intra_class(samples.cosines, 1.0 if weight is None else weight)
+    inter = inter_class(center_sum, gram, num_centers, num_classes)
+    loss, mean, total = reduce(intra, weight, inter, reduction)
+    return Step(loss, mean, inter, total, batch, samples, statistics)
 
 
-def _is_expected(batch: Batch) -> bool:
-    """Whether centers are expected centers, which hold the class weights."""
-    return batch.target.is_floating_point() or batch.label_smoothing > 0
+def intra_loss(batch: Batch, target_centers: Tensor) -> Tensor:
+    """Eq. 2 alone, differentiable to any order."""
+    cosines = compare(batch, target_centers, differentiable=True).cosines
+    weight, reduction = batch.sample_weight, batch.options.reduction
+    return reduce(intra_class(cosines, 1.0 if weight is None else weight), weight, 0.0, reduction)[
+        0
+    ]
 
 
-def expected_centers(batch: Batch, unit_centers: Tensor, center_sum: Tensor) -> Tensor:
-    """The unit center of each sample's class (N, d).
+def expected_centers(batch: Batch, statistics: CenterStatistics) -> Tensor:
+    """The unit center of each sample's class (N, d), times the weight of the sample.
 
-    Under class probabilities or label smoothing, the sum of all unit centers times the probability
-    and the weight of their class.
+    Under class probabilities and label smoothing, the sum of the unit centers of all classes times
+    their probabilities and weights: (1 - e) c^_y + (e / C) s for smoothing e without weights.
     """
-    if _is_expected(batch) and batch.class_weight is not None:
-        unit_centers = unit_centers * batch.class_weight.unsqueeze(-1)
-        center_sum = unit_centers.sum(0)
-    if batch.target.is_floating_point():
-        target_centers = matmul(batch.target, unit_centers)
+    centers, target, weight = batch.centers, batch.target, batch.options.weight
+    smoothing, num_classes = batch.options.label_smoothing, statistics.num_classes
+    if batch.has_probabilities:
+        expected = weighted_units(target, centers, statistics, weight)
     else:
-        target_centers = unit_centers.index_select(0, batch.target)
-    return smooth_centers(batch, target_centers, center_sum, len(unit_centers))
-
-
-def smooth_centers(
-    batch: Batch, target_centers: Tensor, center_sum: Tensor, num_classes: int
-) -> Tensor:
-    """(1 - e) c^_y + (e / C) s, for the label smoothing e and the sum s of unit centers."""
-    smoothing = batch.label_smoothing
+        expected = statistics.unit_rows(centers, target)
+        if weight is not None:
+            expected = expected * weight.index_select(0, target).unsqueeze(-1)
     if smoothing == 0:
-        return target_centers
-    return (1 - smoothing) * target_centers + smoothing / num_classes * center_sum
+        return expected
+    uniform = statistics.center_sum
+    if weight is not None:
+        uniform = weighted_units(weight, centers, statistics, None)
+    return torch.add((1 - smoothing) * expected, uniform, alpha=smoothing / num_classes)
 
 
-def reduce(
-    intra: Tensor, sample_weight: Tensor | None, inter: Tensor | None, reduction: Reduction
+class _ClosedForm(Function):
+    """The gradients of a step; those of higher order by the plain formulas."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, centers: Tensor, step: Step) -> Tensor:
+        batch, samples = step.batch._replace(features=features), step.samples
+        statistics: CenterStatistics | None = None
+        if ctx.needs_input_grad[1]:
+            batch, statistics = batch._replace(centers=centers), step.statistics
+        else:  # they may change in place before the backward pass
+            batch = batch._replace(centers=centers.new_empty(0))
+        ctx.packed, tensors = _pack((batch, samples, statistics))
+        ctx.save_for_backward(*tensors)
+        ctx.total_weight = step.total_weight
+        return step.loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        batch, samples, statistics = _unpack(ctx.packed, ctx.saved_tensors)
+        if torch.is_grad_enabled() or under_vmap(grad):
+            return (*_differentiable_gradients(ctx, grad, batch, samples), None)
+        of_features = of_centers = None
+        reduction, weight = batch.options.reduction, batch.sample_weight
+        each = grad / ctx.total_weight if reduction == "mean" else grad
+        with full_precision(grad.device.type):
+            if ctx.needs_input_grad[0]:
+                of_features = features_gradient(batch, samples, each)
+            if ctx.needs_input_grad[1]:
+                of_inter = grad
+                if reduction == "sum":
+                    of_inter = grad * (len(samples.cosines) if weight is None else weight.sum())
+                elif reduction == "none":
+                    of_inter = grad.sum() if weight is None else grad.dot(weight)
+                sums = intra_gradient_by_class(batch, samples, each, statistics.num_classes)
+                of_centers = centers_gradient(batch.centers, statistics, sums, of_inter)
+        return of_features, of_centers, None
+
+
+def with_gradients(step: Step) -> Tensor:
+    """The loss of a step with a graph, if features or centers need one."""
+    features, centers = step.batch.features, step.batch.centers
+    if not (torch.is_grad_enabled() and (features.requires_grad or centers.requires_grad)):
+        return step.loss
+    apply: Any = _ClosedForm.apply
+    loss: Tensor = apply(features, centers, step)
+    return loss
+
+
+def features_gradient(batch: Batch, samples: Samples, each: Tensor) -> Tensor:
+    """Eq. 5 (N, d), times the gradients for the samples' summands of Eq. 2, (N,) or a scalar.
+
+    In the simplex form it is also times the norms of the features.
+    """
+    target_centers = samples.target_centers
+    if samples.usable is not None:
+        target_centers = target_centers.where(samples.usable.unsqueeze(-1), 0)
+    factor = each * -0.5
+    if batch.options.form == "paper":
+        factor = factor / samples.norms
+    across = torch.addcmul(target_centers, samples.units, samples.cosines.unsqueeze(-1), value=-1)
+    return across.mul_(factor.unsqueeze(-1))
+
+
+def intra_gradient_by_class(
+    batch: Batch, samples: Samples, each: Tensor, num_classes: int
 ) -> Tensor:
-    """The loss, from the summands of Eq. 2 and, if given, the separation of the centers."""
-    if reduction == "mean":
-        if sample_weight is None:
-            mean = intra.mean() if len(intra) else intra.sum()
-        else:
-            total = sample_weight.sum()
-            mean = intra.sum() / total.masked_fill(total == 0, 1)
-        return mean if inter is None else mean + inter
-    if inter is not None:
-        intra = intra + (inter if sample_weight is None else sample_weight * inter)
-    return intra if reduction == "none" else intra.sum()
+    """The gradient of L_intra for the unit centers (C, d)."""
+    weight, smoothing = batch.options.weight, batch.options.label_smoothing
+    rows = samples.units * (each * -0.5).unsqueeze(-1)
+    if batch.has_probabilities:
+        sums = batch.target.mT @ rows
+    else:
+        sums = rows.new_zeros(num_classes, rows.shape[1]).index_add_(0, batch.target, rows)
+    if smoothing > 0:
+        sums = sums.mul_(1 - smoothing).add_(rows.sum(0), alpha=smoothing / num_classes)
+    return sums if weight is None else sums.mul_(weight.unsqueeze(-1))
 
 
-class TorchStep(NamedTuple):
-    """A step by PyTorch's operators."""
-
-    loss: Tensor
-    intra: Tensor
-    inter: Tensor
-    num_centers: Tensor
-    batch: Batch
-    similarity: IntraClass
-    statistics: CenterStatistics
-    by_class: bool  # whether the update works on sums over classes, or on samples
-    group: "ProcessGroup | None"
-
-    def update_(
-        self, centers: Tensor, center_lr: float | None, *, start_zeros: bool = False
-    ) -> None:
-        """Applies Eq. 8 to the centers of the step, or to a copy of them, in place."""
-        with torch.no_grad():
-            sums, counts = finite_samples(self.similarity, self.batch.valid)
-            index: Tensor | None = self.batch.target
-            if self.batch.target.is_floating_point():
-                norms = self.statistics.norms
-                sums, counts = probability_sums(sums, self.batch.target, counts, norms)
-                index = None
-            elif self.by_class:
-                num_classes = self.statistics.num_classes
-                sums, counts = class_sums(sums, self.batch.target, counts, num_classes)
-                index = None
-            if self.group is not None:
-                dtype = torch.promote_types(centers.dtype, torch.float32)
-                sums, counts = all_reduce_sums(self.group, dtype, sums, counts)
-            # `batch.centers` is a copy if the step computed in another type than the centers'.
-            in_place = centers.dtype == self.batch.centers.dtype
-            updated = centers if in_place else self.batch.centers
-            update_centers_(
-                updated,
-                self.statistics,
-                sums,
-                counts,
-                index,
-                center_lr=center_lr,
-                start_zeros=start_zeros,
-            )
-            if not in_place:
-                centers.copy_(updated)
+@torch.enable_grad()
+def _differentiable_gradients(
+    ctx: Any, grad: Tensor, batch: Batch, samples: Samples
+) -> tuple[Tensor | None, Tensor | None]:
+    needed = ctx.needs_input_grad[:2]
+    if needed[1]:
+        simplex = batch.options.form == "simplex"
+        statistics = read_centers(batch.centers, simplex=simplex, differentiable=True)
+        target_centers = expected_centers(batch, statistics)
+        loss = combine(batch, compare(batch, target_centers, differentiable=True), statistics).loss
+    else:
+        loss = intra_loss(batch, samples.target_centers)
+    inputs = [
+        one for one, need in zip((batch.features, batch.centers), needed, strict=True) if need
+    ]
+    found = list(torch.autograd.grad(loss, inputs, grad, create_graph=True))
+    return found.pop(0) if needed[0] else None, found.pop() if needed[1] else None
 
 
-def finite_samples(similarity: IntraClass, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+def update_sums(step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sums of unit features, numbers of samples in them, and their classes, for the update.
+
+    A sum is of one sample if there are many classes, else of a class, over all processes.
+    """
+    batch, statistics, group = step.batch, step.statistics, step.group
+    num_classes = statistics.num_classes
+    units, valid = finite_samples(batch, step.samples)
+    few_classes = not torch.compiler.is_compiling() and num_classes <= len(units)
+    if batch.has_probabilities:
+        sums, counts = probability_sums(units, batch.target, valid, statistics)
+    elif few_classes or group is not None:
+        sums, counts = class_sums(units, batch.target, valid, num_classes)
+    else:
+        return units, valid, batch.target
+    if group is not None:
+        message = torch.promote_types(dtype, torch.float32)
+        sums, counts = all_reduce_sums(group, message, sums, counts)
+    return sums, counts, None
+
+
+def finite_samples(batch: Batch, samples: Samples) -> tuple[Tensor, Tensor]:
     """Unit features and a mask (N,), both 0 for samples that are ignored or not finite."""
-    finite = similarity.cosines.isfinite()
-    valid = torch.ones_like(similarity.cosines) if valid is None else valid
-    if has_values(finite) and bool(finite.all()):
-        return similarity.unit_features, valid
-    units = similarity.unit_features.where(finite.unsqueeze(-1), 0)
-    return units, valid.where(finite, 0)
+    units, valid = samples.units, batch.valid
+    if valid is None:
+        valid = units.new_ones(len(units))
+    if samples.usable is None:
+        return units, valid
+    finite = samples.cosines.isfinite()
+    return units.where(finite.unsqueeze(-1), 0), valid.where(finite, 0)
 
 
 def class_sums(
@@ -231,15 +305,29 @@ def class_sums(
 
 
 def probability_sums(
-    units: Tensor, target: Tensor, valid: Tensor, norms: Tensor
+    units: Tensor, target: Tensor, valid: Tensor, statistics: CenterStatistics
 ) -> tuple[Tensor, Tensor]:
     """`class_sums` by class probabilities.
 
     A class whose center is zero sums over the samples that have no more probable class. A class
     with a probability that is not finite has neither sum nor number.
     """
-    counts = matmul(valid, target)
-    if not (has_values(norms) and bool(norms.isfinite().all())):
+    counts = valid @ target
+    if statistics.has_zeros:
         less_probable = target < target.amax(-1, keepdim=True)
-        target = target.masked_fill(less_probable & norms.isinf(), 0)
-    return matmul(target.mT, units).nan_to_num(0, 0, 0), counts.nan_to_num(0, 0, 0)
+        target = target.masked_fill(less_probable & statistics.norms.isinf(), 0)
+    return (target.mT @ units).nan_to_num(0, 0, 0), counts.nan_to_num(0, 0, 0)
+
+
+def _pack(parts: Any) -> tuple[Any, list[Tensor | None]]:
+    """The structure of nested tuples, and their tensors, which autograd keeps."""
+    leaves, structure = tree_flatten(parts)
+    tensors = [leaf if isinstance(leaf, Tensor) else None for leaf in leaves]
+    others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return (structure, others), tensors
+
+
+def _unpack(packed: Any, tensors: Any) -> Any:
+    structure, others = packed
+    pairs = zip(tensors, others, strict=True)
+    return tree_unflatten([other if one is None else one for one, other in pairs], structure)

@@ -1,12 +1,7 @@
 """What depends on how code runs: eagerly, in the compiler, or under a transform of torch.func."""
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn import Parameter
 
 from separate_loss._torch import in_transform, under_vmap
@@ -18,33 +13,6 @@ def has_values(tensor: Tensor) -> bool:
     return plain and not torch.compiler.is_compiling() and not under_vmap(tensor)
 
 
-def closed_form(rules: type[Function]) -> Callable[..., Any]:
-    """Makes a function of the derivative rules in a class, with the fastest form that serves.
-
-    The class itself, with `setup_context` and `jvp`, serves torch.func and forward mode. The
-    compiler accepts no `jvp`. Eagerly, the classic form without `setup_context` costs half as much
-    a call.
-
-    The rules save inputs and outputs alone. Autograd takes any other saved tensor for a constant,
-    and second derivatives would be wrong.
-    """
-
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = rules.forward(*inputs)
-        rules.setup_context(ctx, inputs, output)
-        return output
-
-    def subclass(**members: Any) -> Any:
-        return type(rules.__name__, (Function,), {**members, "backward": vars(rules)["backward"]})
-
-    without_jvp = ("forward", "setup_context", "generate_vmap_rule")
-    compiled = subclass(**{name: vars(rules)[name] for name in without_jvp})
-    classic = subclass(forward=staticmethod(forward))
-
-    @wraps(rules.forward)
-    def apply(*inputs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return compiled.apply(*inputs)
-        return (rules if in_transform() else classic).apply(*inputs)
-
-    return apply
+def in_eager() -> bool:
+    """Whether code runs outside of the compiler, of torch.func and of forward mode."""
+    return not torch.compiler.is_compiling() and not in_transform()

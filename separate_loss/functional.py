@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from separate_loss._batch import Options, check_arguments, compute_dtype, prepare_batch
+from separate_loss._centers import read_centers
 from separate_loss._checks import (
     FORMS,
     Form,
@@ -25,9 +26,9 @@ from separate_loss._checks import (
     check_device,
     check_vectors,
 )
-from separate_loss._ops import clamp_value, gather_centers, gram_of_centers, normalize
-from separate_loss._separation import count_centers, inter_class
-from separate_loss._step import expected_centers, intra_class, reduce, run_step
+from separate_loss._ops import clamp_value, full_precision
+from separate_loss._step import expected_centers, intra_loss, run_step
+from separate_loss._terms import inter_class, normalize
 
 __all__ = [
     "inter_class_loss",
@@ -109,14 +110,10 @@ def intra_class_loss(
     """
     options = Options(form, weight, ignore_index, reduction, label_smoothing)
     check_arguments(features, target, centers, options)
-    batch = prepare_batch(features, target, centers, options)
-    if batch.target.is_floating_point() or label_smoothing > 0:
-        unit_centers, _ = normalize(batch.centers)
-        target_centers = expected_centers(batch, unit_centers, unit_centers.sum(0))
-    else:  # without the other centers
-        target_centers, _ = normalize(batch.centers.index_select(0, batch.target))
-    intra = intra_class(batch, target_centers).loss
-    loss = reduce(intra, batch.sample_weight, None, reduction)
+    with full_precision(centers.device.type):
+        batch = prepare_batch(features, target, centers, options)
+        statistics = read_centers(batch.centers, simplex=False, differentiable=True)
+        loss = intra_loss(batch, expected_centers(batch, statistics))
     return loss.reshape(features.shape[:-1]) if reduction == "none" else loss
 
 
@@ -165,10 +162,10 @@ def inter_class_loss(centers: Tensor, *, form: Form = "simplex") -> Tensor:
     check_choice("form", form, FORMS)
     check_centers("centers", centers)
     centers = centers.to(compute_dtype(centers))
-    no_samples = torch.zeros(0, dtype=torch.long, device=centers.device)
-    _, center_sum, norms = gather_centers(centers, no_samples)
-    gram = gram_of_centers(centers) if form == "simplex" else None
-    return inter_class(center_sum, gram, count_centers(norms), len(norms))
+    with full_precision(centers.device.type):
+        statistics = read_centers(centers, simplex=form == "simplex", differentiable=True)
+        _, _, center_sum, gram, num_centers, num_classes = statistics
+        return inter_class(center_sum, gram, num_centers, num_classes)
 
 
 def separate_loss(

@@ -21,7 +21,7 @@ from separate_loss._checks import (
     check_matches_centers,
     check_vectors,
 )
-from separate_loss._ops import normalize
+from separate_loss._terms import normalize
 
 __all__ = [
     "ClassStatistics",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from separate_loss._checks import check_centers
-from separate_loss._ops import normalize
+from separate_loss._terms import normalize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from separate_loss._batch import Options, check_arguments, prepare_batch
+from separate_loss._batch import Batch, Options, check_arguments, prepare_batch
+from separate_loss._centers import CenterStatistics, read_centers, update_centers_
 from separate_loss._checks import (
     CenterInit,
     Form,
@@ -23,10 +24,16 @@ from separate_loss._checks import (
 )
 from separate_loss._distributed import check_same_dtype
 from separate_loss._modules import Terms, init_centers_
-from separate_loss._ops import gather_centers, gram_of_centers
-from separate_loss._separation import count_centers, inter_class
-from separate_loss._step import class_sums, finite_samples, intra_class, reduce
-from separate_loss._update import CenterStatistics, update_centers_
+from separate_loss._ops import full_precision
+from separate_loss._step import (
+    Step,
+    class_sums,
+    combine,
+    compare,
+    finite_samples,
+    with_gradients,
+)
+from separate_loss._tracing import has_values
 
 __all__ = ["ShardedSeparateLoss"]
 
@@ -158,45 +165,44 @@ class ShardedSeparateLoss(nn.Module):
             self._checked = True
         options = Options(self.form, None, self.ignore_index, self.reduction)
         check_arguments(features, target, shard, options, self.num_classes)
-        batch = prepare_batch(features, target, shard, options, self.num_classes)
+        with full_precision(shard.device.type):
+            batch = prepare_batch(features, target, shard, options, self.num_classes)
+            with torch.no_grad():
+                step = self._evaluate(batch, update=self.training and torch.is_grad_enabled())
+            loss = with_gradients(step)
+        self.last_terms = Terms(step.intra, step.inter, step.num_centers)
+        return loss.reshape(features.shape[:-1]) if self.reduction == "none" else loss
 
+    def _evaluate(self, batch: Batch, *, update: bool) -> Step:
+        """One step with messages to and from the owners of centers."""
         # Each class is sent once, in order, so that classes of one shard are adjacent.
         classes, class_of_sample = batch.target.unique(return_inverse=True)
         exchange = self._exchange(classes, batch.centers.dtype == torch.float64)
         index = exchange.to_owners(classes) - self._first_row
-        rows, center_sum, norms = gather_centers(batch.centers, index)
-        target_centers = exchange.from_owners(rows).index_select(0, class_of_sample)
-        similarity = intra_class(batch, target_centers)
-
-        with torch.no_grad():
-            units, valid = finite_samples(similarity, batch.valid)
-            sums, counts = class_sums(units, class_of_sample, valid, len(classes))
-            gram = None
-            if self.form == "simplex":
-                gram = gram_of_centers(batch.centers, by_class=False)
-            num_centers, num_samples, center_sum, gram = _all_reduce(
-                exchange.group, count_centers(norms), counts.sum(), center_sum, gram
+        own = read_centers(batch.centers, simplex=self.form == "simplex", by_class=False)
+        rows = exchange.from_owners(own.unit_rows(batch.centers, index))
+        samples = compare(batch, rows.index_select(0, class_of_sample))
+        units, valid = finite_samples(batch, samples)
+        sums, counts = class_sums(units, class_of_sample, valid, len(classes))
+        statistics, num_samples = _all_reduce(exchange.group, own, counts.sum())
+        statistics = statistics._replace(num_classes=self.num_classes)
+        step = combine(batch, samples, statistics)
+        if update:
+            packed = exchange.to_owners(torch.cat([sums, counts.unsqueeze(-1)], dim=-1))
+            update_centers_(
+                batch.centers,
+                statistics,
+                packed[:, :-1],
+                packed[:, -1],
+                index,
+                center_lr=self.center_lr,
+                num_samples=num_samples,
+                start_zeros=True,
             )
-        inter = inter_class(center_sum, gram, num_centers, self.num_classes)
-        intra = reduce(similarity.loss, batch.sample_weight, None, "mean")
-        self.last_terms = Terms(intra.detach(), inter, num_centers)
-        if self.training and torch.is_grad_enabled():
-            with torch.no_grad():
-                packed = exchange.to_owners(torch.cat([sums, counts.unsqueeze(-1)], dim=-1))
-                update_centers_(
-                    batch.centers,
-                    CenterStatistics(norms, center_sum, gram, num_centers, self.num_classes),
-                    packed[:, :-1],
-                    packed[:, -1],
-                    index,
-                    center_lr=self.center_lr,
-                    num_samples=num_samples,
-                    start_zeros=True,
-                )
-                if batch.centers is not shard:
-                    shard.copy_(batch.centers)
-        loss = reduce(similarity.loss, batch.sample_weight, inter, self.reduction)
-        return loss.reshape(features.shape[:-1]) if self.reduction == "none" else loss
+            shard = self.centers.to_local()
+            if batch.centers is not shard:
+                shard.copy_(batch.centers)
+        return step
 
     def _exchange(self, classes: Tensor, is_double: bool) -> "_Exchange":
         """Exchanges numbers of rows, given the sorted classes of this process's samples."""
@@ -221,19 +227,20 @@ class ShardedSeparateLoss(nn.Module):
 
 
 def _all_reduce(
-    group: dist.ProcessGroup,
-    num_centers: Tensor,
-    num_samples: Tensor,
-    center_sum: Tensor,
-    gram: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Sums each of the tensors over all processes, in one message."""
-    parts = [torch.stack([num_centers.to(num_samples), num_samples]), center_sum]
-    parts += [] if gram is None else [gram.flatten()]
+    group: dist.ProcessGroup, own: CenterStatistics, num_samples: Tensor
+) -> tuple[CenterStatistics, Tensor]:
+    """Sums statistics of the shards and numbers of samples over all processes, in one message."""
+    d = len(own.center_sum)
+    parts = [torch.as_tensor(own.num_centers).to(num_samples).reshape(1), num_samples.reshape(1)]
+    parts += [own.center_sum] if own.gram is None else [own.center_sum, own.gram.flatten()]
     packed = torch.cat(parts)
     dist.all_reduce(packed, group=group)
-    counts, center_sum, rest = packed.tensor_split([2, 2 + len(center_sum)])
-    return counts[0], counts[1], center_sum, None if gram is None else rest.view_as(gram)
+    num_centers, num_samples, center_sum = packed[0], packed[1], packed[2 : 2 + d]
+    return own._replace(
+        num_centers=num_centers.item() if has_values(packed) else num_centers,
+        center_sum=center_sum,
+        gram=None if own.gram is None else packed[2 + d :].view(d, d),
+    ), num_samples
 
 
 class _Exchange(NamedTuple):

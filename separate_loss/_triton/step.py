@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.library import custom_op
 
 from separate_loss._batch import Options, compute_dtype
-from separate_loss._ops import gather_centers, normalize
-from separate_loss._separation import count_centers, inter_class
+from separate_loss._centers import CENTER_LR_PER_SAMPLE, read_centers
+from separate_loss._terms import inter_class, normalize
 from separate_loss._torch import assert_on_device, under_vmap
 from separate_loss._triton import kernels
-from separate_loss._update import CENTER_LR_PER_SAMPLE
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -260,8 +259,12 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     inter: Tensor | float = 0
     if centers is not None:
         index = target.where(valid, 0).long()
-        target_centers, center_sum, norms = gather_centers(centers.to(dtype), index)
-        inter = inter_class(center_sum, None, count_centers(norms), len(norms))
+        _, units, center_sum, _, num_centers, num_classes = read_centers(
+            centers.to(dtype), simplex=False, differentiable=True
+        )
+        assert units is not None
+        target_centers = units.index_select(0, index)
+        inter = inter_class(center_sum, None, num_centers, num_classes)
     # Eq. 4 without a constant.
     loss = inter - (unit_features * target_centers).sum() * (scalars[2] / 2)
     needed = ctx.needs_input_grad

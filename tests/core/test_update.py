@@ -4,9 +4,10 @@ import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from separate_loss._ops import gram_matrix, normalize, vector_norms
+from separate_loss._centers import read_centers, update_centers_
+from separate_loss._ops import read_norms
 from separate_loss._step import class_sums, probability_sums
-from separate_loss._update import CenterStatistics, update_centers_
+from separate_loss._terms import normalize
 from tests.helpers import reference
 from tests.helpers.properties import Problem, assert_equal, problems, property_test
 
@@ -27,20 +28,18 @@ def test_samples_class_sums_and_one_hot_probabilities_give_the_same_centers(
 ) -> None:
     num_classes = len(problem.centers)
     problem.centers[[label for label in zero_classes if label < num_classes]] = 0
-    center_units, norms = normalize(problem.centers)
-    gram = gram_matrix(center_units) if form == "simplex" else None
-    num_centers = norms.isfinite().sum()
-    statistics = CenterStatistics(norms, center_units.sum(0), gram, num_centers, num_classes)
+    statistics = read_centers(problem.centers, simplex=form == "simplex")
+    norms = statistics.norms
 
     valid = (problem.target != problem.ignore_index).double()
     units = normalize(problem.features)[0] * valid.unsqueeze(-1)
     index = problem.target.where(valid > 0, 0)
     _, one_hot, _ = problem.arrays
     by_class = class_sums(units, index, valid, num_classes)
-    by_probability = probability_sums(units, torch.from_numpy(one_hot), valid, norms)
+    by_probability = probability_sums(units, torch.from_numpy(one_hot), valid, statistics)
     # The direction of a sum that cancels is rounding error.
     starting = norms.isinf() & (by_class[1] > 0)
-    assume(not start_zeros or (vector_norms(by_class[0][starting]) > 1e-3).all())
+    assume(not start_zeros or (read_norms(by_class[0][starting])[0] > 1e-3).all())
 
     results = []
     for sums, counts, rows in ((units, valid, index), (*by_class, None), (*by_probability, None)):
