@@ -48,11 +48,6 @@ class Batch(NamedTuple):
     centers: Tensor  # (C, d)
     options: Options  # with class weights of the type of the centers
 
-    @property
-    def has_probabilities(self) -> bool:
-        """Whether the target holds class probabilities."""
-        return self.target.is_floating_point()
-
 
 def check_arguments(
     features: Tensor,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from separate_loss._ops import read_norms, row_blocks, tangent
+from separate_loss._ops import least_norm, read_norms, row_blocks, tangent, tangent_
 from separate_loss._terms import Number, normalize, simplex_constants
 from separate_loss._tracing import has_values
 
@@ -32,8 +32,11 @@ class CenterStatistics(NamedTuple):
             whole, norms = whole[rows], norms[rows]
         return whole / norms.unsqueeze(-1) if self.units is None else whole
 
-    @property
-    def has_zeros(self) -> bool:
+    def blocks(self, centers: Tensor) -> list[slice]:
+        """Slices of rows to work on one after the other."""
+        return row_blocks(centers) if self.units is None else [slice(None)]
+
+    def may_hold_zeros(self) -> bool:
         """Whether a center may count as zero."""
         norms = self.norms
         return not (has_values(norms) and self.num_centers == self.num_classes)
@@ -51,13 +54,13 @@ def read_centers(
     if differentiable or (simplex and by_class):
         blocks = [slice(None)]
     norms, usable = read_norms(centers.detach())
-    sums, gram = [], None
+    center_sum, gram = None, None
     for rows in blocks:
         units = centers[rows]
         if usable is not None:
             units = units.where(usable[rows].unsqueeze(-1), 0)
         units = normalize(units)[0] if differentiable else units / norms[rows].unsqueeze(-1)
-        sums.append(units.sum(0))
+        center_sum = units.sum(0) if center_sum is None else center_sum.add_(units.sum(0))
         if simplex and by_class:
             gram = units @ units.mT
         elif simplex:
@@ -66,20 +69,17 @@ def read_centers(
     if usable is not None:
         num_centers = usable.sum().to(norms.dtype)
         num_centers = num_centers.item() if has_values(num_centers) else num_centers
-    single = len(blocks) == 1
-    center_sum = sums[0] if single else torch.stack(sums).sum(0)
-    return CenterStatistics(
-        norms, units if single else None, center_sum, gram, num_centers, num_classes
-    )
+    assert center_sum is not None
+    whole = units if len(blocks) == 1 else None
+    return CenterStatistics(norms, whole, center_sum, gram, num_centers, num_classes)
 
 
 def weighted_units(
     weights: Tensor, centers: Tensor, statistics: CenterStatistics, class_weight: Tensor | None
 ) -> Tensor:
     """The product of weights (*, C) and the unit centers (C, d) times their class weights."""
-    blocks = [slice(None)] if statistics.units is not None else row_blocks(centers)
     parts = []
-    for rows in blocks:
+    for rows in statistics.blocks(centers):
         units = statistics.unit_rows(centers, rows)
         if class_weight is not None:
             units = units * class_weight[rows].unsqueeze(-1)
@@ -122,10 +122,11 @@ def centers_gradient(
     `sums` is the gradient of L_intra for the unit centers, `inter_grad` that for L_inter.
     """
     push = read_push(statistics, 2 * inter_grad)
-    for rows in row_blocks(centers):
+    for rows in statistics.blocks(centers):
         units = statistics.unit_rows(centers, rows)
-        step = sums[rows] + push.of(units)
-        sums[rows] = tangent(step, units) / statistics.norms[rows].unsqueeze(-1)
+        step = sums[rows].add_(push.of(units))
+        tangent_(step, units).div_(statistics.norms[rows].unsqueeze(-1))
+        del units  # before those of the next block
     return sums
 
 
@@ -157,7 +158,7 @@ def update_centers_(
     if isinstance(m, Tensor):
         m = m.item() or 1.0 if has_values(m) else m.masked_fill(m == 0, 1)
     rate = _center_lr(center_lr, m, statistics)
-    start_zeros = start_zeros and statistics.has_zeros
+    start_zeros = start_zeros and statistics.may_hold_zeros()
     if index is None:
         weight = (1 + counts).reciprocal() * (rate / (2 * m))
         _update_all_(centers, statistics, sums, weight, rate, start_zeros)
@@ -176,10 +177,10 @@ def _update_all_(
     One expression, because the compiler's C++ code generator fails on several in-place operators.
     """
     push = read_push(statistics, -rate)
-    for rows in row_blocks(centers):
+    for rows in statistics.blocks(centers):
         units, norms = statistics.unit_rows(centers, rows), statistics.norms[rows].unsqueeze(-1)
         step = torch.addcmul(push.of(units), sums[rows], weight[rows].unsqueeze(-1))
-        moved = torch.addcdiv(centers[rows], tangent(step, units), norms)
+        moved = centers[rows] + tangent(step, units) / norms
         if start_zeros:
             moved = torch.where(norms.isinf(), _directions(sums[rows]), moved)
         centers[rows].copy_(moved)
@@ -199,9 +200,9 @@ def _update_rows_(
     weight = weight.index_select(0, index).unsqueeze(-1) / norms
     if start_zeros:
         weight = weight.masked_fill(norms.isinf(), 1)
-    pull = tangent(sums, statistics.unit_rows(centers, index)) * weight
+    pull = tangent_(sums.clone(), statistics.unit_rows(centers, index)) * weight
     push = read_push(statistics, -rate)
-    for rows in row_blocks(centers):
+    for rows in statistics.blocks(centers):
         _push_(centers[rows], rows, statistics, push)
     centers.index_add_(0, index, pull)
     if start_zeros:
@@ -219,13 +220,13 @@ def _push_(centers: Tensor, rows: slice, statistics: CenterStatistics, push: Pus
         centers.addcmul_(push.vector, norms.reciprocal().unsqueeze(-1))
         return
     units = centers / norms.unsqueeze(-1) if statistics.units is None else statistics.units
-    step = tangent(push.of(units), units)
-    centers.addcdiv_(step, norms.unsqueeze(-1))
+    centers.addcdiv_(tangent_(push.of(units), units), norms.unsqueeze(-1))
 
 
 def _directions(sums: Tensor) -> Tensor:
     """Unit vectors, and zero for sums of zero."""
-    return sums / read_norms(sums)[0].unsqueeze(-1)
+    norms = torch.linalg.vector_norm(sums, dim=-1, keepdim=True)
+    return sums / torch.threshold(norms, least_norm(sums), torch.inf)
 
 
 def _center_lr(

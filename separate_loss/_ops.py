@@ -10,7 +10,7 @@ from separate_loss._torch import in_autocast
 from separate_loss._tracing import has_values, in_eager
 
 # Values in a block of rows. A block stays in the processor's cache over several operators.
-BLOCK_SIZE = 2**21
+BLOCK_SIZE = 2**20
 
 
 def full_precision(device: str) -> AbstractContextManager[Any]:
@@ -57,6 +57,12 @@ def tangent(vectors: Tensor, units: Tensor) -> Tensor:
     """The part of vectors that is orthogonal to unit vectors: v - (v . u) u."""
     along = (vectors * units).sum(-1, keepdim=True)
     return torch.addcmul(vectors, along, units, value=-1)
+
+
+def tangent_(vectors: Tensor, units: Tensor) -> Tensor:
+    """`tangent` in place."""
+    along = (vectors * units).sum(-1, keepdim=True)
+    return vectors.addcmul_(along, units, value=-1)
 
 
 def row_blocks(vectors: Tensor) -> list[slice]:

@@ -49,18 +49,13 @@ class Step(NamedTuple):
     loss: Tensor
     intra: Tensor  # the mean of Eq. 2
     inter: Tensor
+    num_centers: Tensor  # how many are not zero
     total_weight: Number
     batch: Batch
     samples: Samples
     statistics: CenterStatistics
     group: "ProcessGroup | None" = None
 
-    @property
-    def num_centers(self) -> Tensor:
-        """The number of centers that are not zero."""
-        return torch.as_tensor(self.statistics.num_centers)
-
-    @torch.no_grad()
     def update_(
         self, centers: Tensor, center_lr: float | None, *, start_zeros: bool = False
     ) -> None:
@@ -68,7 +63,7 @@ class Step(NamedTuple):
         # `batch.centers` is a copy if the step computed in another type than the centers'.
         in_place = centers.dtype == self.batch.centers.dtype
         updated = centers if in_place else self.batch.centers
-        with full_precision(centers.device.type):
+        with torch.no_grad(), full_precision(centers.device.type):
             update_centers_(
                 updated,
                 self.statistics,
@@ -76,8 +71,8 @@ class Step(NamedTuple):
                 center_lr=center_lr,
                 start_zeros=start_zeros,
             )
-        if not in_place:
-            centers.copy_(updated)
+            if not in_place:
+                centers.copy_(updated)
 
 
 def run_step(
@@ -133,7 +128,8 @@ def combine(batch: Batch, samples: Samples, statistics: CenterStatistics) -> Ste
     intra = intra_class(samples.cosines, 1.0 if weight is None else weight)
     inter = inter_class(center_sum, gram, num_centers, num_classes)
     loss, mean, total = reduce(intra, weight, inter, reduction)
-    return Step(loss, mean, inter, total, batch, samples, statistics)
+    count = torch.as_tensor(num_centers).long()
+    return Step(loss, mean, inter, count, total, batch, samples, statistics)
 
 
 def intra_loss(batch: Batch, target_centers: Tensor) -> Tensor:
@@ -153,7 +149,7 @@ def expected_centers(batch: Batch, statistics: CenterStatistics) -> Tensor:
     """
     centers, target, weight = batch.centers, batch.target, batch.options.weight
     smoothing, num_classes = batch.options.label_smoothing, statistics.num_classes
-    if batch.has_probabilities:
+    if batch.target.is_floating_point():
         expected = weighted_units(target, centers, statistics, weight)
     else:
         expected = statistics.unit_rows(centers, target)
@@ -236,7 +232,7 @@ def intra_gradient_by_class(
     """The gradient of L_intra for the unit centers (C, d)."""
     weight, smoothing = batch.options.weight, batch.options.label_smoothing
     rows = samples.units * (each * -0.5).unsqueeze(-1)
-    if batch.has_probabilities:
+    if batch.target.is_floating_point():
         sums = batch.target.mT @ rows
     else:
         sums = rows.new_zeros(num_classes, rows.shape[1]).index_add_(0, batch.target, rows)
@@ -273,7 +269,7 @@ def update_sums(step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor 
     num_classes = statistics.num_classes
     units, valid = finite_samples(batch, step.samples)
     few_classes = not torch.compiler.is_compiling() and num_classes <= len(units)
-    if batch.has_probabilities:
+    if batch.target.is_floating_point():
         sums, counts = probability_sums(units, batch.target, valid, statistics)
     elif few_classes or group is not None:
         sums, counts = class_sums(units, batch.target, valid, num_classes)
@@ -313,7 +309,7 @@ def probability_sums(
     with a probability that is not finite has neither sum nor number.
     """
     counts = valid @ target
-    if statistics.has_zeros:
+    if statistics.may_hold_zeros():
         less_probable = target < target.amax(-1, keepdim=True)
         target = target.masked_fill(less_probable & statistics.norms.isinf(), 0)
     return (target.mT @ units).nan_to_num(0, 0, 0), counts.nan_to_num(0, 0, 0)

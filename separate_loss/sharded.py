@@ -167,8 +167,9 @@ class ShardedSeparateLoss(nn.Module):
         check_arguments(features, target, shard, options, self.num_classes)
         with full_precision(shard.device.type):
             batch = prepare_batch(features, target, shard, options, self.num_classes)
+            update = self.training and torch.is_grad_enabled()
             with torch.no_grad():
-                step = self._evaluate(batch, update=self.training and torch.is_grad_enabled())
+                step = self._evaluate(batch, update=update)
             loss = with_gradients(step)
         self.last_terms = Terms(step.intra, step.inter, step.num_centers)
         return loss.reshape(features.shape[:-1]) if self.reduction == "none" else loss
