@@ -114,9 +114,10 @@ def look_at_(
     A row that is not finite becomes zero. A parameter with such a row or one of zeros is refused. A
     caller's own graph is left alone. `whole` is the DTensor of a shard.
     """
-    now = seen_now(centers, center_update, whole)
-    if seen is not None and seen[0]() is centers and seen[1] == now[1]:
-        return seen
+    if seen is not None and isinstance(centers, Tensor) and seen[0]() is centers:
+        now = seen_now(centers, center_update, whole)
+        if now[1] == seen[1]:
+            return now
     check_shape("centers", centers, shape)
     if center_update == "forward" and centers.requires_grad:
         raise TypeError(

@@ -45,10 +45,10 @@ def in_autocast(device: str) -> bool:
 def unwrapped(tensor: Tensor) -> Tensor | None:
     """A tensor without the wrappers of torch.func; None if vmap batches it.
 
-    Compiled code gets the tensor itself. If it is unknown, None for subclasses.
+    Compiled code gets None in each transform. If it is unknown, None for subclasses.
     """
     if torch.compiler.is_compiling():
-        return tensor
+        return None if in_transform() else tensor
     functorch = _found(torch._C, "_functorch")
     if functorch is None:
         return tensor if type(tensor) in (Tensor, nn.Parameter) else None

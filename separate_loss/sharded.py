@@ -139,10 +139,8 @@ class ShardedSeparateLoss(nn.Module):
         )
         self.register_buffer("centers", centers)
         self.reset_parameters()
-        settings = {
-            "centers": f"{tuple(centers.shape)} of {centers.dtype}",
-            **self._options()._asdict(),
-        }
+        settings = {"center_lr": center_lr, **self._options()._asdict()}
+        settings["centers"] = f"{shape} of {centers.dtype}"
         check_same_settings(settings, device, mesh.get_group())
 
     def _options(self) -> Options:
