@@ -91,14 +91,16 @@ class SeparateLoss(nn.Module):
             set its center to their mean direction; under class probabilities, the samples for
             which it is the most probable class, by their probabilities. Only for the forward
             update, and its default. ``"sphere"``: random directions of norm 1, the default of the
-            other updates. Or a tensor (C, d) of finite values, whose zero rows behave as under
-            ``"features"``.
+            other updates. Or a tensor or NumPy array (C, d), which is copied. The forward update
+            takes the directions of its rows, and starts rows that are zero or not finite as under
+            ``"features"``; a parameter must have none.
         weight, ignore_index, reduction, label_smoothing: as in
             `separate_loss.functional.separate_loss`. Class weights and label smoothing apply to the
             loss, not to the forward update.
         process_group: the processes of torch.distributed, if it is initialised, whose samples
             update the centers; None takes all. All processes start from rank 0's centers and stay
             identical. Each of them must make every training call and load every checkpoint.
+            ``"gradient"`` averages the gradient of the centers over them.
         sync_centers: False lets each process update centers of its own; within
             DistributedDataParallel that needs ``broadcast_buffers=False``.
         device, dtype: of the centers; in half precision small updates would be rounded away.
@@ -109,12 +111,17 @@ class SeparateLoss(nn.Module):
 
     Attributes:
         centers: (C, d), buffer or parameter; in the `state_dict` under the same name in all modes.
-            The forward update changes them in place: clone them to use them in your own graph.
+            The forward update changes them in place: clone them to use them in your own graph. The
+            first call after others wrote them sets rows that are not finite to zero.
+            `nn.Module.to_empty` gives centers from the meta device their initial values.
         last_terms: intra- and inter-class loss of the last call and the number of classes that had
-            a center, for logging; None before that.
+            a center, for logging; None before that, and after a call under `torch.func.vmap`.
+        center_lr: may be assigned later, for example in each epoch.
 
     Raises:
-        TypeError, ValueError: an argument is of a wrong type or out of its range.
+        TypeError, ValueError: an argument is of a wrong type, out of its range or without effect
+            under `center_update`; in a call, `centers` or a setting that was assigned is wrong, or
+            a setting is not the same in all processes.
 
     Examples:
         >>> _ = torch.manual_seed(0)

@@ -67,8 +67,9 @@ class ShardedSeparateLoss(nn.Module):
         last_terms: as in `SeparateLoss`; `intra` is that of this process's samples.
 
     Raises:
-        TypeError, ValueError, IndexError: as in `SeparateLoss`; TypeError also
-            for class probabilities, which need all centers.
+        TypeError, ValueError, IndexError: as in `SeparateLoss`, settings that differ between
+            processes at construction; TypeError also for class probabilities, which need all
+            centers.
         RuntimeError: torch.distributed is not initialised.
 
     Examples:
