@@ -49,9 +49,14 @@ def unit_rows_(rows: Tensor) -> None:
     Eq. 7 turns a center in inverse proportion to its squared norm.
     """
     zero_nonfinite_(rows)
-    for norm in (torch.inf, 2):  # The squares of large or small values overflow.
-        norms = torch.linalg.vector_norm(rows, norm, dim=-1, keepdim=True)
-        rows.div_(norms.masked_fill(norms == 0, 1))
+    kind = torch.finfo(rows.dtype)
+    largest = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True)
+    # Their squares would overflow.
+    extreme = (largest > kind.max**0.25) | (largest < kind.tiny**0.25)
+    rows.div_(largest.where(extreme & (largest > 0), 1))
+    norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    # Rows that are unit within rounding stay as they are.
+    rows.div_(norms.where((norms > 0) & ((norms - 1).abs() > 2 * kind.eps), 1))
 
 
 def zero_nonfinite_(rows: Tensor) -> None:

@@ -192,7 +192,7 @@ class ShardedSeparateLoss(nn.Module):
             )
         inter = inter_class(center_sum, gram, num_centers, self.num_classes)
         intra = reduce(similarity.loss, batch.sample_weight, None, "mean")
-        self.last_terms = Terms(intra.detach(), inter, num_centers)
+        self.last_terms = Terms(intra.detach(), inter, num_centers.long())
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
                 packed = exchange.to_owners(torch.cat([sums, counts.unsqueeze(-1)], dim=-1))
