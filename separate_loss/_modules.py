@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from separate_loss._batch import Options
-from separate_loss._centers import (
+from separate_loss._initial import (
     Seen,
     apply_to,
     given_centers,

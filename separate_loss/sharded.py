@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from separate_loss._batch import Options, check_arguments, prepare_batch
-from separate_loss._centers import (
+from separate_loss._initial import (
     Seen,
     apply_to,
     given_centers,

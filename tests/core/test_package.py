@@ -52,7 +52,7 @@ def test_imports_go_down_only() -> None:
         "_torch",
         "_tracing",
         "_checks",
-        "_centers",
+        "_initial",
         "_layout",
         "_recorder",
         "_ops",
