@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from separate_loss import SeparateLoss, SoftmaxSeparateLoss
 
+Form = Literal["simplex", "paper"]
+
 
 class _CenterDistance(torch.autograd.Function):
     """Half the squared distance to the target's center; Wen et al.'s Eq. 4 as centers' gradient."""
@@ -126,23 +128,23 @@ class BatchHardTripletLoss(nn.Module):
 
 
 def _separate(
-    center_update: Literal["paper", "gradient"], num_classes: int, feature_dim: int
+    form: Form, center_update: Literal["forward", "gradient"], num_classes: int, feature_dim: int
 ) -> nn.Module:
-    criterion = SeparateLoss(num_classes, feature_dim, center_update=center_update)
+    criterion = SeparateLoss(num_classes, feature_dim, form=form, center_update=center_update)
     with torch.no_grad():
         criterion.centers.normal_()  # as in the middle of a training
     return criterion
 
 
 class _Head(nn.Module):
-    """A linear layer and a loss of its logits."""
+    """A linear layer and a loss of its logits; without a form, cross-entropy alone."""
 
-    def __init__(self, separate: bool, num_classes: int, feature_dim: int) -> None:
+    def __init__(self, form: Form | None, num_classes: int, feature_dim: int) -> None:
         super().__init__()
         self.head = nn.Linear(feature_dim, num_classes)
         self.criterion: nn.Module = nn.CrossEntropyLoss()
-        if separate:
-            self.criterion = SoftmaxSeparateLoss(self.head)
+        if form is not None:
+            self.criterion = SoftmaxSeparateLoss(self.head, form=form)
             with torch.no_grad():
                 self.criterion.separate.centers.normal_()
 
@@ -168,19 +170,26 @@ class Loss(NamedTuple):
     pairs: bool = False  # allocates matrices of all pairs of classes
 
 
-_PAPER, _GRADIENT = partial(_separate, "paper"), partial(_separate, "gradient")
-_JOINT, _TEXTBOOK = partial(_Head, True), TextbookSeparateLoss
+def _ours(form: Form) -> dict[str, Loss]:
+    forward, gradient = (partial(_separate, form, update) for update in ("forward", "gradient"))
+    joint = partial(_Head, form)
+    return {
+        f"SeparateLoss, {form}": Loss(forward),
+        f"SeparateLoss, {form}, compiled": Loss(forward, compiled=True),
+        f"SeparateLoss, {form}, gradient": Loss(gradient, sgd=True),
+        f"SeparateLoss, {form}, gradient, compiled": Loss(gradient, sgd=True, compiled=True),
+        # Ends with the gradient of the centers, as the floor does.
+        f"SeparateLoss, {form}, gradient, no step": Loss(gradient),
+        f"SoftmaxSeparateLoss, {form}": Loss(joint),
+        f"SoftmaxSeparateLoss, {form}, compiled": Loss(joint, compiled=True),
+    }
+
+
 LOSSES = {
-    "SeparateLoss, paper": Loss(_PAPER),
-    "SeparateLoss, paper, compiled": Loss(_PAPER, compiled=True),
-    "SeparateLoss, gradient": Loss(_GRADIENT, sgd=True),
-    "SeparateLoss, gradient, compiled": Loss(_GRADIENT, sgd=True, compiled=True),
-    # Ends with the gradient of the centers, as the floor does.
-    "SeparateLoss, gradient, no step": Loss(_GRADIENT),
-    "SoftmaxSeparateLoss": Loss(_JOINT),
-    "SoftmaxSeparateLoss, compiled": Loss(_JOINT, compiled=True),
-    "textbook": Loss(_TEXTBOOK, sgd=True, pairs=True),
-    "textbook, compiled": Loss(_TEXTBOOK, sgd=True, compiled=True, pairs=True),
+    **_ours("simplex"),
+    **_ours("paper"),
+    "textbook": Loss(TextbookSeparateLoss, sgd=True, pairs=True),
+    "textbook, compiled": Loss(TextbookSeparateLoss, sgd=True, compiled=True, pairs=True),
     "center loss": Loss(CenterLoss, sgd=True),
     "center loss by matrix": Loss(CenterLossByMatrix, sgd=True),
     "island loss": Loss(IslandLoss, sgd=True, pairs=True),
@@ -188,5 +197,5 @@ LOSSES = {
     "PML ProxyAnchor": Loss(partial(_pml, "ProxyAnchorLoss")),
     "PML CosFace": Loss(partial(_pml, "CosFaceLoss")),
     "PML ArcFace": Loss(partial(_pml, "ArcFaceLoss")),
-    "cross-entropy head": Loss(partial(_Head, False)),
+    "cross-entropy head": Loss(partial(_Head, None)),
 }

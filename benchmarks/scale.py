@@ -31,9 +31,10 @@ NUM_SAMPLES = (64, 256, 1_024, 4_096, 16_384)
 SAMPLES, CLASSES, FEATURE_DIM = 256, 10_000, 128
 # The name of each form in `LOSSES`, and its color.
 FORMS = {
+    "simplex": ("SeparateLoss, simplex", "#6a3d9a"),
+    "simplex, gradient": ("SeparateLoss, simplex, gradient", "#b79ad1"),
     "paper": ("SeparateLoss, paper", "#0b6e4f"),
-    "gradient": ("SeparateLoss, gradient", "#3a7ca5"),
-    "gradient, no step": ("SeparateLoss, gradient, no step", "#8ab6d6"),
+    "paper, gradient": ("SeparateLoss, paper, gradient", "#3a7ca5"),
     "textbook": ("textbook", "#c1440e"),
 }
 FIXED = {"num_classes": f"{SAMPLES} samples", "num_samples": f"{CLASSES:,} classes"}
@@ -60,8 +61,12 @@ def main(arguments: list[str] | None = None) -> None:
         "num_classes": [Size(SAMPLES, FEATURE_DIM, number) for number in settings["classes"]],
         "num_samples": [Size(number, FEATURE_DIM, CLASSES) for number in settings["samples"]],
     }
-    curves: dict[str, dict[str, list[Any]]] = {axis: {form: [] for form in FORMS} for axis in sizes}
-    points = [(axis, *point) for axis in sizes for point in product(sizes[axis], FORMS)]
+    forms = list(FORMS)
+    if results.redraw:  # those that were measured
+        first = sizes["num_classes"][0]
+        forms = [form for form in FORMS if f"{first} {form}" in results.measured]
+    curves: dict[str, dict[str, list[Any]]] = {axis: {form: [] for form in forms} for axis in sizes}
+    points = [(axis, *point) for axis in sizes for point in product(sizes[axis], forms)]
     for number, (axis, size, form) in enumerate(points, 1):
         point = results.once(f"{size} {form}", partial(_measure, form, size, *where))
         curves[axis][form].append(point)
@@ -69,8 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"[{number}/{len(points)}] {size} {form}: {shown}", flush=True)
 
     parts = ["# How cost grows", provenance(results.environment)]
-    for axis, forms in curves.items():
-        parts += [f"## Over {axis.removeprefix('num_')}, {FIXED[axis]}", _table(axis, forms)]
+    for axis, curve in curves.items():
+        parts += [f"## Over {axis.removeprefix('num_')}, {FIXED[axis]}", _table(axis, curve)]
     write(options.output / "scale.md", "\n\n".join(parts) + "\n")
     save_svg(_draw("num_classes", curves["num_classes"]), options.output / "cost.svg")
     print(f"\nWritten to {options.output}")
@@ -112,7 +117,8 @@ def _draw(axis: str, forms: Mapping[str, Points]) -> Figure:
                 axes.loglog(*zip(*shown, strict=True), "o-", color=color, label=name)
         axes.set(xlabel=axis.removeprefix("num_"), title=title)
         axes.grid(alpha=0.3)
-    numbers, floors = zip(*((one[axis], 1e3 * one["floor"]) for one in forms["paper"]), strict=True)
+    measured = next(iter(forms.values()))
+    numbers, floors = zip(*((one[axis], 1e3 * one["floor"]) for one in measured), strict=True)
     panels[0].loglog(numbers, floors, "--", color="black", label="the floor")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)

@@ -18,7 +18,7 @@ from benchmarks.losses import BatchHardTripletLoss, CenterLoss, IslandLoss
 from separate_loss import SeparateLoss, metrics
 
 PAPER_WEIGHT = 0.9
-# Of the other forms: what the tuning parts of all data chose.
+# Of the simplex form: what the tuning parts of all data chose.
 WEIGHT = 1.0
 # Candidates of a tuned weight, or of a margin.
 WEIGHTS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -81,12 +81,9 @@ def _separate(counts: Tensor, dim: int, _: float, **options: Any) -> nn.Module:
     return SeparateLoss(len(counts), dim, **options)
 
 
-# In full, whatever the defaults are.
-_PAPER = partial(_separate, scale_free=False, separation="mean")
-_FREE = partial(_separate, scale_free=True, separation="mean")
-_SQUARE = partial(_separate, scale_free=True, separation="square")
-_BALANCED = partial(_SQUARE, balanced=True)
-_GRADIENT = partial(_SQUARE, center_update="gradient")
+_PAPER, _SIMPLEX = partial(_separate, form="paper"), partial(_separate, form="simplex")
+_BALANCED = partial(_SIMPLEX, balanced=True)
+_GRADIENT = partial(_SIMPLEX, center_update="gradient")
 
 
 def _of_classes(build: Callable[[int, int], nn.Module]) -> Build:
@@ -104,8 +101,7 @@ METHODS = {
     "triplet": Method("+ batch-hard triplet", lambda *_: BatchHardTripletLoss(), (0.03, 0.1, 0.3)),
     "cosface": Method("CosFace", _cosface, (0.1, 0.2, 0.35), MARGINS, is_head=True),
     "paper": Method("+ separate, paper's form", _PAPER, PAPER_WEIGHTS[2:5], PAPER_WEIGHTS),
-    "free": Method("+ separate, `scale_free`", _FREE, STARTS),
-    "square": Method('+ separate, `scale_free`, `"square"`', _SQUARE, STARTS),
+    "simplex": Method("+ separate, simplex form", _SIMPLEX, STARTS),
     "balanced": Method("the same, class weights", _BALANCED, STARTS),
     "norm": Method("+ half the squared norm", lambda *_: NormPenalty(), (0.01, 0.03, 0.1)),
     "gradient": Method("the same, centers by SGD at 3", _GRADIENT, STARTS, center_rate=3.0),

@@ -6,7 +6,7 @@ python -m examples.digits
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from matplotlib.axes import Axes
@@ -19,12 +19,11 @@ from torch.nn import functional as F
 
 from separate_loss import SeparateLoss, metrics
 
-SQUARE = {"scale_free": True, "separation": "square"}
-# Of each row: its title, the weight of the separate loss, and the options of its form.
-ROWS: dict[str, tuple[float, dict[str, Any]]] = {
-    "softmax loss": (0.0, {}),
-    "softmax + 0.9 x separate loss, paper's form": (0.9, {}),
-    'softmax + 1 x separate loss, `scale_free`, `"square"`': (1.0, SQUARE),
+# Of each row: its title, and the weight and the form of the separate loss.
+ROWS: dict[str, tuple[float, Literal["simplex", "paper"]]] = {
+    "softmax loss": (0.0, "simplex"),
+    "softmax + 0.9 x separate loss, paper's form": (0.9, "paper"),
+    "softmax + 1 x separate loss, simplex form": (1.0, "simplex"),
 }
 FIGURES = (
     *("accuracy, %", "intra-class similarity", "inter-class similarity"),
@@ -58,8 +57,8 @@ def train(title: str, seed: int, epochs: int, digits: Sequence[int] = range(10))
         *(nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 64)),
     )
     head = nn.Linear(64, len(digits))
-    weight, options = ROWS[title]
-    criterion = SeparateLoss(len(digits), feature_dim=64, **options)
+    weight, form = ROWS[title]
+    criterion = SeparateLoss(len(digits), feature_dim=64, form=form)
     optimizer = torch.optim.AdamW([*body.parameters(), *head.parameters()], weight_decay=0.01)
     steps = epochs * len(seen.split(32))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.003, total_steps=steps)

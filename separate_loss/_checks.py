@@ -1,13 +1,12 @@
 """Validation: every error names the argument, what was expected and what came."""
 
 import math
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from separate_loss._torch import under_vmap
 from separate_loss._tracing import has_values
 
 Reduction = Literal["none", "mean", "sum"]
@@ -26,11 +25,13 @@ def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise ValueError(f"{name} must be one of {expected}, got {value!r}")
 
 
-def check_int(name: str, value: object, least: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def check_int(name: str, value: object, least: int | None = None) -> int:
+    """Returns an integer of Python, of NumPy or the like as an int."""
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if least is not None and value < least:
+    if least is not None and int(value) < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
 
 
 def check_bool(name: str, value: object) -> None:
@@ -38,22 +39,31 @@ def check_bool(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
-def check_nonnegative(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (float, int)):
+def check_nonnegative(name: str, value: object) -> float:
+    """Returns a number of Python, of NumPy or the like as a float."""
+    if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if not 0 <= value < math.inf:
+    number = float(value)
+    if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {value}")
+    return number
 
 
-def check_center_lr(value: object) -> None:
-    if value is not None:
-        check_nonnegative("center_lr", value)
+def check_center_lr(value: object) -> float | None:
+    return None if value is None else check_nonnegative("center_lr", value)
 
 
 def check_label_smoothing(value: object) -> None:
-    check_nonnegative("label_smoothing", value)
-    if isinstance(value, (float, int)) and value > 1:
+    if check_nonnegative("label_smoothing", value) > 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {value}")
+
+
+def check_no_effect(name: str, value: object, default: object, center_update: str) -> None:
+    if value is not default:
+        raise ValueError(
+            f"{name} must be {default} for center_update={center_update!r}, where it has no "
+            f"effect, got {value!r}"
+        )
 
 
 def check_tensor(name: str, value: Tensor) -> None:
@@ -89,7 +99,7 @@ def check_centers(name: str, value: Tensor) -> None:
 def check_center_init(
     value: CenterInit | Tensor, shape: tuple[int, int], center_update: str
 ) -> None:
-    """The name of an initialisation that the update supports, or finite values (C, d)."""
+    """The name of an initialisation that the update supports, or values (C, d)."""
     if not isinstance(value, Tensor):
         check_choice("center_init", value, CENTER_INITS)
         if value == "features" and center_update != "forward":
@@ -98,28 +108,28 @@ def check_center_init(
                 f"got center_update={center_update!r}"
             )
         return
-    check_centers("center_init", value)
+    check_shape("center_init", value, shape)
+    if center_update == "gradient" and not value.is_meta:
+        check_directions("center_init", value)
+
+
+def check_shape(name: str, value: Tensor, shape: tuple[int, int]) -> None:
+    """Floating point, of the shape (C, d) that the loss was created with."""
+    check_vectors(name, value)
     if value.shape != shape:
-        raise ValueError(f"center_init must have shape {shape}, got {tuple(value.shape)}")
-    if not bool(value.isfinite().all()):
-        raise ValueError("center_init must hold finite values, got NaN or infinity")
-    if center_update == "gradient" and not bool(value.any(-1).all()):
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+
+
+def check_directions(name: str, value: Tensor) -> None:
+    """No row that counts as zero. Synchronises, so it is for the first call."""
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(value.detach(), dim=-1, dtype=dtype)
+    usable = norms.isfinite() & (norms > torch.finfo(dtype).tiny ** 0.5)
+    if not bool(usable.all()):
         raise ValueError(
-            "center_init must hold no row of zeros for center_update='gradient', as a zero center "
-            f"has no gradient, got one for class {int(value.any(-1).int().argmin())}"
+            f"{name} must hold no row of zeros or NaN for center_update='gradient', as such a "
+            f"center has no gradient, got one for class {int(usable.int().argmin())}"
         )
-
-
-def check_initialized(name: str, value: Tensor, is_set: bool) -> None:
-    """Finite values that were set. Synchronises, so it is for the first call."""
-    how = "call reset_parameters(), or load a checkpoint that contains them"
-    if value.is_meta or type(value) not in (Tensor, Parameter) or under_vmap(value):
-        return
-    # Loaders of transformers set values without load_state_dict, and leave this mark.
-    if not is_set and not getattr(value, "_is_hf_initialized", False):
-        raise RuntimeError(f"{name} were made on the meta device and never got values; {how}")
-    if value.numel() and not math.isfinite(torch.linalg.vector_norm(value.detach(), math.inf)):
-        raise ValueError(f"{name} must hold finite values, got NaN or infinity; {how}")
 
 
 def check_batch(

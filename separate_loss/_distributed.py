@@ -40,34 +40,47 @@ def resolve_group(
 def broadcast_centers_(centers: Tensor, group: "ProcessGroup") -> None:
     """Broadcasts rank 0's centers, in place."""
     shared = centers.detach()
-    if not torch.compiler.is_compiling():
-        _check_same_shape(shared, group)
     # A sum with zeros: the compiler traces all_reduce, and no broadcast.
     if dist.get_rank(group) > 0:
         shared.zero_()
     dist.all_reduce(shared, group=group)
 
 
-def _check_same_shape(centers: Tensor, group: "ProcessGroup") -> None:
-    """Raises where shapes or types differ: backends would abort or read garbage."""
-    own = torch.tensor([*centers.shape, _TYPES.index(centers.dtype)], device=centers.device)
+def check_own_parameter(centers: Tensor) -> None:
+    """Raises for a view of a larger parameter, which some processes would fail to set."""
+    if not centers.is_leaf:
+        raise RuntimeError(
+            "centers must be a parameter of their own, got a view, as FullyShardedDataParallel "
+            "makes of the parameters in a model; keep the loss outside of that model, or use "
+            "fully_shard"
+        )
+
+
+def check_same_settings(
+    settings: dict[str, object], device: torch.device, group: "ProcessGroup"
+) -> None:
+    """Raises in all processes where settings differ, before backends abort or read garbage."""
+    # As text, since all_gather_object needs NumPy. Of one length, so that nothing else is sent.
+    text = "\n".join(map(str, settings.values())).encode()
+    own = torch.tensor(list(text[:MAX_SETTINGS].ljust(MAX_SETTINGS)), dtype=torch.uint8)
+    own = own.to(device)
     found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, own, group=group)
-    lists = [other.tolist() for other in found]
-    for rank, other in enumerate(lists):
-        if other != lists[0]:
+    processes = [bytes(other.tolist()).decode().split("\n") for other in found]
+    for name, (first, *others) in zip(settings, zip(*processes, strict=True), strict=True):
+        unlike = [
+            f"{other.strip()} in process {rank}"
+            for rank, other in enumerate(others, 1)
+            if other != first
+        ]
+        if unlike:
             raise ValueError(
-                "centers must have one shape and type in all processes, got "
-                f"{_described(lists[0])} in the group's process 0 and {_described(other)} in "
-                f"process {rank}"
+                f"{name} must be the same in all processes, got {first.strip()} in the group's "
+                f"process 0 and {', '.join(unlike)}"
             )
 
 
-_TYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-def _described(sizes: list[int]) -> str:
-    return f"{tuple(sizes[:2])} of {_TYPES[sizes[2]]}"
+MAX_SETTINGS = 512
 
 
 def check_same_dtype(num_double: int, size: int) -> None:
@@ -83,10 +96,10 @@ def all_reduce_sums(
     group: "ProcessGroup", dtype: torch.dtype, sums: Tensor, count: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Sums class sums (C, d) and counts (C,) over all processes, in one message of type `dtype`."""
-    num_classes, d = sums.shape
-    packed = sums.new_empty(num_classes + 1, d + 1, dtype=dtype)
-    packed[:-1, :-1], packed[:-1, -1] = sums, count
     # The last row counts the processes that compute in float64.
+    packed = sums.new_zeros(len(sums) + 1, sums.shape[1] + 1, dtype=dtype)
+    packed[:-1, :-1] = sums
+    packed[:-1, -1] = count
     packed[-1] = float(sums.dtype == torch.float64)
     dist.all_reduce(packed, group=group)
     packed, of_double = packed[:-1].to(sums), packed[-1, 0]

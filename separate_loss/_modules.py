@@ -14,21 +14,33 @@ from separate_loss._checks import (
     CenterUpdate,
     Form,
     Reduction,
-    check_center_init,
     check_center_lr,
     check_choice,
-    check_initialized,
     check_int,
+    check_no_effect,
     check_weight,
 )
 from separate_loss._distributed import (
     all_reduce_gradient,
     broadcast_centers_,
+    check_own_parameter,
     check_process_group,
+    check_same_settings,
     resolve_group,
 )
+from separate_loss._initial import (
+    Seen,
+    apply_to,
+    given_centers,
+    given_tensor,
+    init_centers_,
+    look_at_,
+    restore_,
+    seen_now,
+)
 from separate_loss._step import run_step
-from separate_loss._torch import compiler_moves_buffers, not_compiled
+from separate_loss._torch import compiler_moves_buffers, not_compiled, unwrapped, version_of
+from separate_loss._tracing import has_values
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -79,14 +91,16 @@ class SeparateLoss(nn.Module):
             set its center to their mean direction; under class probabilities, the samples for
             which it is the most probable class, by their probabilities. Only for the forward
             update, and its default. ``"sphere"``: random directions of norm 1, the default of the
-            other updates. Or a tensor (C, d) of finite values, whose zero rows behave as under
-            ``"features"``.
+            other updates. Or a tensor or NumPy array (C, d), which is copied. The forward update
+            takes the directions of its rows, and starts rows that are zero or not finite as under
+            ``"features"``; a parameter must have none.
         weight, ignore_index, reduction, label_smoothing: as in
             `separate_loss.functional.separate_loss`. Class weights and label smoothing apply to the
             loss, not to the forward update.
         process_group: the processes of torch.distributed, if it is initialised, whose samples
             update the centers; None takes all. All processes start from rank 0's centers and stay
             identical. Each of them must make every training call and load every checkpoint.
+            ``"gradient"`` averages the gradient of the centers over them.
         sync_centers: False lets each process update centers of its own; within
             DistributedDataParallel that needs ``broadcast_buffers=False``.
         device, dtype: of the centers; in half precision small updates would be rounded away.
@@ -97,12 +111,17 @@ class SeparateLoss(nn.Module):
 
     Attributes:
         centers: (C, d), buffer or parameter; in the `state_dict` under the same name in all modes.
-            The forward update changes them in place: clone them to use them in your own graph.
+            The forward update changes them in place: clone them to use them in your own graph. The
+            first call after others wrote them sets rows that are not finite to zero.
+            `nn.Module.to_empty` gives centers from the meta device their initial values.
         last_terms: intra- and inter-class loss of the last call and the number of classes that had
-            a center, for logging; None before that.
+            a center, for logging; None before that, and after a call under `torch.func.vmap`.
+        center_lr: may be assigned later, for example in each epoch.
 
     Raises:
-        TypeError, ValueError: an argument is of a wrong type or out of its range.
+        TypeError, ValueError: an argument is of a wrong type, out of its range or without effect
+            under `center_update`; in a call, `centers` or a setting that was assigned is wrong, or
+            a setting is not the same in all processes.
 
     Examples:
         >>> _ = torch.manual_seed(0)
@@ -121,6 +140,8 @@ class SeparateLoss(nn.Module):
 
     centers: Tensor
     weight: Tensor | None
+    _init: CenterInit | Tensor
+    _seen: Seen | None
 
     def __init__(
         self,
@@ -141,50 +162,52 @@ class SeparateLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_int("num_classes", num_classes, least=2)
-        check_int("feature_dim", feature_dim, least=1)
+        num_classes = check_int("num_classes", num_classes, least=2)
+        feature_dim = check_int("feature_dim", feature_dim, least=1)
         check_choice("center_update", center_update, CENTER_UPDATES)
-        check_center_lr(center_lr)
         Options(form, None, ignore_index, reduction, label_smoothing).check()
         check_process_group(process_group, sync_centers)
-        if weight is not None:
-            check_weight(weight, num_classes)
+        if center_update != "forward":
+            check_no_effect("center_lr", center_lr, None, center_update)
+        if center_update == "none":
+            check_no_effect("process_group", process_group, None, center_update)
+            check_no_effect("sync_centers", sync_centers, True, center_update)
         if center_init is None:
             center_init = "features" if center_update == "forward" else "sphere"
-        check_center_init(center_init, (num_classes, feature_dim), center_update)
+        weight = given_tensor(weight)
+        if weight is not None:
+            check_weight(weight, num_classes)
 
         self.num_classes = num_classes
         self.feature_dim = feature_dim
         self.form: Form = form
-        self.center_update = center_update
-        self.center_lr = center_lr
-        self.center_init = center_init if isinstance(center_init, str) else "tensor"
-        self.ignore_index = ignore_index
+        self.center_update: CenterUpdate = center_update
+        self.center_lr = check_center_lr(center_lr)
+        self.ignore_index = int(ignore_index)
         self.reduction: Reduction = reduction
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = float(label_smoothing)
         self.process_group = process_group
         self.sync_centers = sync_centers
         self.last_terms: Terms | None = None
 
+        self._init = given_centers(center_init, (num_classes, feature_dim), center_update)
+        self.center_init = "tensor" if isinstance(self._init, Tensor) else self._init
         centers = torch.empty(num_classes, feature_dim, device=device, dtype=dtype)
         if center_update == "gradient":
             self.centers = nn.Parameter(centers)
         else:
             self.register_buffer("centers", centers)
-        self.register_buffer("weight", None if weight is None else weight.to(centers))
-        self._initial = center_init, weight
+        self._init_weight = None if weight is None else weight.clone()
+        self.register_buffer("weight", None if weight is None else weight.to(centers, copy=True))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Resets the centers and the class weights to their initial values."""
-        center_init, weight = self._initial
         with torch.no_grad():
-            init_centers_(self.centers, center_init)
-            if weight is not None and self.weight is not None:
-                self.weight.copy_(weight)
-        # A module on the meta device has no values until a checkpoint is loaded.
-        self._initialized = not self.centers.is_meta
-        self._checked = self._synced = False
+            init_centers_(self.centers, self._init)
+            if self._init_weight is not None and self.weight is not None:
+                restore_(self.weight, self._init_weight)
+        self._seen, self._synced = None, False
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """Returns the loss; then, in training, updates the centers."""
@@ -198,18 +221,29 @@ class SeparateLoss(nn.Module):
         return self._compute(features, target, updating)
 
     def _compute(self, features: Tensor, target: Tensor, updating: bool) -> Tensor:
-        if not self._checked and not torch.compiler.is_compiling():
-            check_initialized("centers", self.centers, self._initialized)
-            self._checked = not self.centers.is_meta
-        learning = torch.is_grad_enabled() and self.centers.requires_grad
+        if updating:
+            check_center_lr(self.center_lr)
+        learning = torch.is_grad_enabled() and getattr(self.centers, "requires_grad", False)
         group = None
         if updating or learning:
             group = resolve_group(self.process_group, self.sync_centers)
-        centers = self.centers if group is None else self._synced_centers(group)
+        if group is not None and not self._synced:
+            self._synchronise(group)
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            shape = self.num_classes, self.feature_dim
+            self._seen = look_at_(self.centers, self._seen, shape, self.center_update)
+        centers = self.centers
+        if group is not None and learning:
+            centers = all_reduce_gradient(centers, group)
         step = run_step(features, target, centers, self._options(), group if updating else None)
-        self.last_terms = Terms(step.intra.detach(), step.inter.detach(), step.num_centers)
+        terms = step.intra.detach(), step.inter.detach(), step.num_centers
+        plain = [value for value in map(unwrapped, terms) if value is not None]
+        self.last_terms = Terms(*plain) if len(plain) == len(terms) else None
         if updating:
             step.update_(self.centers, self.center_lr, start_zeros=True)
+            if not compiling:
+                self._seen = seen_now(self.centers, self.center_update)
         return step.loss
 
     def _options(self) -> Options:
@@ -217,27 +251,58 @@ class SeparateLoss(nn.Module):
             self.form, self.weight, self.ignore_index, self.reduction, self.label_smoothing
         )
 
-    def _synced_centers(self, group: "ProcessGroup") -> Tensor:
-        if not self._synced:
-            broadcast_centers_(self.centers, group)
-            self._synced = True
-        if self.centers.requires_grad:
-            return all_reduce_gradient(self.centers, group)
-        return self.centers
+    def _synchronise(self, group: "ProcessGroup") -> None:
+        if not torch.compiler.is_compiling():
+            check_own_parameter(self.centers)
+            settings = {
+                "centers": f"{tuple(self.centers.shape)} of {self.centers.dtype}",
+                "center_update": self.center_update,
+                "center_lr": self.center_lr,
+                **self._options()._replace(weight=None)._asdict(),
+            }
+            check_same_settings(settings, self.centers.device, group)
+        broadcast_centers_(self.centers, group)
+        self._seen, self._synced = None, True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SeparateLoss":
+        apply_to(self, fn, recurse)
+        return self
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """A mark that transformers sets last when it loads a module."""
+        return bool(vars(self).get("_is_hf_initialized", False))
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        vars(self)["_is_hf_initialized"] = value
+        centers = self.centers
+        # It marks the tensors that it has loaded. Others are memory, unless someone wrote them.
+        loaded = getattr(centers, "_is_hf_initialized", False)
+        if value and not (loaded or centers.is_meta or version_of(centers)):
+            self.reset_parameters()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy broadcasts its centers again before it uses them."""
-        return {
-            **super().__getstate__(),  # type: ignore[no-untyped-call]
-            "_synced": False,
-        }
+        """A copy looks at its centers and broadcasts them again before it uses them."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state = {**state, "_seen": None, "_synced": False}
+        # Initial values that the centers still have are not stored twice.
+        init, centers = self._init, self.centers
+        if isinstance(init, Tensor) and has_values(init) and has_values(centers):
+            state["_init"] = None if torch.equal(init.to(centers), centers) else init
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._init is None:
+            self._init = self.centers.detach().clone()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SeparateLoss":
         # A process group cannot be copied.
         memo[id(self.process_group)] = self.process_group
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -251,33 +316,23 @@ class SeparateLoss(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        self._synced = self._checked = False
-        self._initialized = self._initialized or f"{prefix}centers" in state_dict
+        self._seen, self._synced = None, False
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
-        parts = [
-            f"num_classes={self.num_classes}",
-            f"feature_dim={self.feature_dim}",
-            f"form={self.form!r}",
-            f"center_update={self.center_update!r}",
-            f"center_init={self.center_init!r}",
-            f"reduction={self.reduction!r}",
-        ]
+        names = ["num_classes", "feature_dim", "form", "center_update", "center_init", "reduction"]
         if self.center_update == "forward":
-            parts.insert(4, f"center_lr={self.center_lr}")
-        if self.label_smoothing > 0:
-            parts.append(f"label_smoothing={self.label_smoothing}")
-        if self.ignore_index != -100:
-            parts.append(f"ignore_index={self.ignore_index}")
-        if self.weight is not None:
-            parts.append("weight=...")
-        if self.process_group is not None:
-            parts.append(f"process_group={self.process_group!r}")
-        if not self.sync_centers:
-            parts.append("sync_centers=False")
-        return ", ".join(parts)
+            names.insert(4, "center_lr")
+        defaults = {
+            "label_smoothing": 0.0,
+            "ignore_index": -100,
+            "process_group": None,
+            "sync_centers": True,
+        }
+        names += [name for name, default in defaults.items() if getattr(self, name) != default]
+        parts = [f"{name}={getattr(self, name)!r}" for name in names]
+        return ", ".join(parts if self.weight is None else [*parts, "weight=..."])
 
 
 @not_compiled
@@ -285,16 +340,3 @@ def _uncompiled(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
     # The mark alone would leave what `compute` calls to the compiler.
     result: Tensor = torch.compiler.disable(compute)(*arguments)
     return result
-
-
-def init_centers_(
-    centers: Tensor, init: CenterInit | Tensor, generator: torch.Generator | None = None
-) -> None:
-    """Sets centers to their initial values, in place."""
-    if isinstance(init, Tensor):
-        centers.copy_(init)
-    elif init == "features":
-        centers.zero_()
-    else:
-        nn.init.normal_(centers, generator=generator)
-        centers.div_(torch.linalg.vector_norm(centers, dim=-1, keepdim=True))

@@ -42,18 +42,28 @@ def in_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def under_vmap(tensor: Tensor) -> bool:
-    """Whether vmap batches a tensor; if it is unknown, whether it is a subclass."""
+def unwrapped(tensor: Tensor) -> Tensor | None:
+    """A tensor without the wrappers of torch.func; None if vmap batches it.
+
+    Compiled code gets None in each transform. If it is unknown, None for subclasses.
+    """
+    if torch.compiler.is_compiling():
+        return None if in_transform() else tensor
     functorch = _found(torch._C, "_functorch")
     if functorch is None:
-        return type(tensor) not in (Tensor, nn.Parameter)
+        return tensor if type(tensor) in (Tensor, nn.Parameter) else None
     if functorch.is_legacy_batchedtensor(tensor):  # is_grads_batched=True
-        return True
+        return None
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
-            return True
+            return None
         tensor = functorch.get_unwrapped(tensor)
-    return False
+    return tensor
+
+
+def under_vmap(tensor: Tensor) -> bool:
+    """Whether vmap batches a tensor; if it is unknown, whether it is a subclass."""
+    return unwrapped(tensor) is None
 
 
 def assert_on_device(condition: Tensor, message: str) -> None:

@@ -3,7 +3,8 @@
 `import separate_loss` does not import this module, which needs torch.distributed.tensor.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,13 +18,18 @@ from separate_loss._checks import (
     CenterInit,
     Form,
     Reduction,
-    check_center_init,
     check_center_lr,
-    check_initialized,
     check_int,
 )
-from separate_loss._distributed import check_same_dtype
-from separate_loss._modules import Terms, init_centers_
+from separate_loss._distributed import check_same_dtype, check_same_settings
+from separate_loss._initial import (
+    Seen,
+    apply_to,
+    given_centers,
+    init_centers_,
+    look_at_,
+)
+from separate_loss._modules import Terms
 from separate_loss._ops import full_precision
 from separate_loss._step import (
     Step,
@@ -67,8 +73,9 @@ class ShardedSeparateLoss(nn.Module):
         last_terms: as in `SeparateLoss`; `intra` is that of this process's samples.
 
     Raises:
-        TypeError, ValueError, IndexError: as in `SeparateLoss`; TypeError also
-            for class probabilities, which need all centers.
+        TypeError, ValueError, IndexError: as in `SeparateLoss`, settings that differ between
+            processes at construction; TypeError also for class probabilities, which need all
+            centers.
         RuntimeError: torch.distributed is not initialised.
 
     Examples:
@@ -100,10 +107,9 @@ class ShardedSeparateLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_int("num_classes", num_classes, least=2)
-        check_int("feature_dim", feature_dim, least=1)
-        check_center_lr(center_lr)
-        check_center_init(center_init, (num_classes, feature_dim), "forward")
+        num_classes = check_int("num_classes", num_classes, least=2)
+        feature_dim = check_int("feature_dim", feature_dim, least=1)
+        center_lr = check_center_lr(center_lr)
         Options(form, None, ignore_index, reduction).check()
         if not dist.is_initialized():
             raise RuntimeError("call torch.distributed.init_process_group before sharding centers")
@@ -119,8 +125,7 @@ class ShardedSeparateLoss(nn.Module):
         self.feature_dim = feature_dim
         self.form: Form = form
         self.center_lr = center_lr
-        self.center_init = center_init if isinstance(center_init, str) else "tensor"
-        self.ignore_index = ignore_index
+        self.ignore_index = int(ignore_index)
         self.reduction: Reduction = reduction
         self.last_terms: Terms | None = None
 
@@ -128,17 +133,25 @@ class ShardedSeparateLoss(nn.Module):
         self._rows_each = -(-num_classes // mesh.size())
         self._first_row = min(mesh.get_local_rank() * self._rows_each, num_classes)
         own = slice(self._first_row, min(self._first_row + self._rows_each, num_classes))
-        self._start = center_init if isinstance(center_init, str) else center_init[own]
+        shape = num_classes, feature_dim
+        self._init = given_centers(center_init, shape, "forward", own)
+        self.center_init = "tensor" if isinstance(self._init, Tensor) else self._init
         shard = torch.empty(own.stop - own.start, feature_dim, device=device, dtype=dtype)
         centers = DTensor.from_local(
             shard,
             mesh,
             [Shard(0)],
-            shape=torch.Size((num_classes, feature_dim)),
+            shape=torch.Size(shape),
             stride=(feature_dim, 1),
         )
         self.register_buffer("centers", centers)
         self.reset_parameters()
+        settings = {"center_lr": center_lr, **self._options()._asdict()}
+        settings["centers"] = f"{shape} of {centers.dtype}"
+        check_same_settings(settings, device, mesh.get_group())
+
+    def _options(self) -> Options:
+        return Options(self.form, None, self.ignore_index, self.reduction)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -148,8 +161,8 @@ class ShardedSeparateLoss(nn.Module):
             # Processes with the same seed must draw different rows.
             seed = int(torch.randint(2**62, ())) + self.centers.device_mesh.get_local_rank()
             generator = torch.Generator(shard.device).manual_seed(seed)
-        init_centers_(shard, self._start, generator)
-        self._checked = False
+        init_centers_(shard, self._init, generator)
+        self._seen: Seen | None = None
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """Returns the loss; then, in training, updates the centers."""
@@ -160,10 +173,9 @@ class ShardedSeparateLoss(nn.Module):
             )
         with torch.no_grad():
             shard = self.centers.to_local()
-        if not self._checked:
-            check_initialized("centers", shard, is_set=True)
-            self._checked = True
-        options = Options(self.form, None, self.ignore_index, self.reduction)
+        shape = len(shard), self.feature_dim
+        self._seen = look_at_(shard, self._seen, shape, "forward", self.centers)
+        options = self._options()
         check_arguments(features, target, shard, options, self.num_classes)
         with full_precision(shard.device.type):
             batch = prepare_batch(features, target, shard, options, self.num_classes)
@@ -203,6 +215,7 @@ class ShardedSeparateLoss(nn.Module):
             shard = self.centers.to_local()
             if batch.centers is not shard:
                 shard.copy_(batch.centers)
+            self._seen = seen_now(shard, "forward", self.centers)
         return step
 
     def _exchange(self, classes: Tensor, is_double: bool) -> "_Exchange":
@@ -216,6 +229,14 @@ class ShardedSeparateLoss(nn.Module):
         sizes, doubles = torch.stack([sent, received]).permute(2, 0, 1).tolist()
         check_same_dtype(sum(doubles[1]), mesh.size())
         return _Exchange(mesh.get_group(), *sizes)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ShardedSeparateLoss":
+        apply_to(self, fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_seen": None}
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""

@@ -19,7 +19,7 @@ from benchmarks.paper.runs import Recipe, TrainingSet, run
 from benchmarks.training import PAPER_WEIGHT, WEIGHT
 
 # Of the methods, with the weight of each.
-PRESETS = {"paper": ("paper", PAPER_WEIGHT), "recommended": ("square", WEIGHT)}
+PRESETS = {"paper": ("paper", PAPER_WEIGHT), "simplex": ("simplex", WEIGHT)}
 SWEEPS = {
     "weights": tuple(tenths / 10 for tenths in range(1, 12)),
     "features": (64, 128, 256, 512, 768, 1024),

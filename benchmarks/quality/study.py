@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -126,17 +126,17 @@ class Row(NamedTuple):
 
 
 SOFTMAX, CENTER, PAPER = Row("softmax"), Row("center"), Row("paper", PAPER_WEIGHT)
-FREE, SQUARE = (tuple(Row(method, weight) for weight in STARTS) for method in ("free", "square"))
+SIMPLEX = tuple(Row("simplex", weight) for weight in STARTS)
 ROWS = (
     *(SOFTMAX, CENTER, Row("island"), Row("triplet"), Row("cosface"), PAPER, Row("paper")),
-    *(*FREE, Row("free"), *SQUARE, Row("square"), Row("balanced")),
+    *(*SIMPLEX, Row("simplex"), Row("balanced")),
 )
 MORE_ROWS = {
     "digits": (Row("norm"),),
     "few": (Row("norm"), Row("gradient")),
     "text": (Row("norm"),),
 }
-SWEEP_DATA, SWEEP_SEEDS, SWEEP_ROWS = "digits", 5, (SOFTMAX, PAPER, FREE[1], SQUARE[1])
+SWEEP_DATA, SWEEP_SEEDS, SWEEP_ROWS = "digits", 5, (SOFTMAX, PAPER, SIMPLEX[1])
 SCALES, BATCH_SIZES = (0.01, 0.1, 1.0, 10.0, 100.0), (16, 256)
 Pair = tuple[FeatureKind, str]  # kind of features and method
 
@@ -259,30 +259,7 @@ class Study:
             ranges = dict(grown)
 
 
-def chosen_rows(studies: Sequence[Study]) -> tuple[Row, Row]:
-    """Both forms at the one weight with the best mean accuracy on the tuning parts."""
-    methods = ("free", "square")
-    tried = [one.tried[pair] for one in studies for pair in product(one.kinds, methods)]
-    best = max(STARTS, key=lambda weight: fmean(scores[weight] for scores in tried))
-    return Row("free", best), Row("square", best)
-
-
-def compare(
-    studies: Sequence[Study], row: Row, simpler: Row
-) -> tuple[list[str], list[str], list[str]]:
-    """Where a row is worse than a simpler one, better than softmax, and fallen in the sweep."""
-    worse, better, fallen = [], [], []
-    for study in studies:
-        for kind in study.kinds:
-            beside_simpler = study.difference(kind, row, simpler)
-            beside_softmax = study.difference(kind, row, SOFTMAX)
-            if beside_simpler is not None and beside_simpler[2] < 0:
-                worse.append(f"{study.name}, {kind}")
-            if beside_softmax is not None and beside_softmax[1] > 0:
-                better.append(f"{study.name}, {kind}")
-        for kind, line in study.sweep:
-            ours = next(one for one in line if one.method == row.method)
-            found, softmax = (study.accuracies(kind, one) for one in (ours, line[0]))
-            if fmean(found) < fmean(softmax) - 2 * max(stdev(softmax), stdev(found)):
-                fallen.append(f"{kind}, scale {ours.scale:g}, batches of {ours.batch_size}")
-    return worse, better, fallen
+def chosen_row(studies: Sequence[Study]) -> Row:
+    """The simplex form at the one weight with the best mean accuracy on the tuning parts."""
+    tried = [one.tried[kind, "simplex"] for one in studies for kind in one.kinds]
+    return max(SIMPLEX, key=lambda row: fmean(scores[row.weight or 0.0] for scores in tried))

@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.data import FeatureKind
 from benchmarks.harness import format_interval, format_spread, provenance, table
-from benchmarks.quality.study import CENTER, PAPER, SOFTMAX, Row, Study, chosen_rows, compare
+from benchmarks.quality.study import CENTER, PAPER, SOFTMAX, Study, chosen_row
 from benchmarks.training import PAPER_WEIGHT, STARTS
 
 # Title and digits of each figure beside the accuracy.
@@ -33,10 +33,8 @@ accuracy of the nearest learned center by cosine. Norm: of the features."""
 
 
 def page(studies: Sequence[Study], environments: Mapping[str, Mapping[str, Any]]) -> str:
-    """The summary, the rule for the defaults, and all tables of each data set."""
-    free, square = chosen_rows(studies)
-    parts = [INTRODUCTION, "## In short", _summary(studies, free, square)]
-    parts += ["## Defaults", *_defaults(studies, free, square)]
+    """The summary, and all tables of each data set."""
+    parts = [INTRODUCTION, "## In short", *_summary(studies)]
     for study in studies:
         data = study.data
         parts.append(f"## {data.title[0].upper()}{data.title[1:]}")
@@ -51,13 +49,13 @@ def page(studies: Sequence[Study], environments: Mapping[str, Mapping[str, Any]]
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(studies: Sequence[Study], free: Row, square: Row) -> str:
-    """What each loss adds to softmax loss, in points of accuracy."""
+def _summary(studies: Sequence[Study]) -> tuple[str, str]:
+    """What each loss adds to softmax loss, in points of accuracy, and the weight."""
+    simplex = chosen_row(studies)
     columns = {
         "center loss": CENTER,
         f"separate, paper's form at {PAPER_WEIGHT}": PAPER,
-        f"`scale_free` at {free.weight:g}": free,
-        f'`scale_free` and `"square"` at {square.weight:g}': square,
+        f"separate, simplex form at {simplex.weight:g}": simplex,
     }
     lines = [
         [
@@ -69,31 +67,12 @@ def _summary(studies: Sequence[Study], free: Row, square: Row) -> str:
         for study in studies
         for kind in study.kinds
     ]
-    return table(["data", "features", "softmax loss", *(f"+ {title}" for title in columns)], lines)
-
-
-def _defaults(studies: Sequence[Study], free: Row, square: Row) -> list[str]:
+    header = ["data", "features", "softmax loss", *(f"+ {title}" for title in columns)]
     rule = (
-        "Fixed before the runs: a form becomes the default of the modules if nowhere the interval "
-        "beside the lesser form is below zero, if that beside softmax loss is above zero in two "
-        "places or more, and if in no cell of the sweep below it falls two deviations below "
-        "softmax loss. The weight is the one of "
-        f"{', '.join(f'{weight:g}' for weight in STARTS)} with the best mean accuracy of both "
-        f"forms on the tuning parts: **{free.weight:g}**."
+        f"The weight of the simplex form is the one of {', '.join(f'{one:g}' for one in STARTS)} "
+        f"with the best mean accuracy on the tuning parts: **{simplex.weight:g}**."
     )
-    compared = {
-        f"`scale_free` beside the paper's form at {PAPER_WEIGHT}": (free, PAPER),
-        '`"square"` beside `"mean"`, both `scale_free`': (square, free),
-        "both (no rule) beside the paper's form": (square, PAPER),
-        "both (no rule) beside center loss": (square, CENTER),
-    }
-    lines = []
-    for title, rows in compared.items():
-        worse, better, fallen = compare(studies, *rows)
-        holds = not worse and len(better) >= 2 and not fallen
-        cells = ("; ".join(names) or "none" for names in (worse, better, fallen))
-        lines.append([title, *cells, "**holds**" if holds else "**fails**"])
-    return [rule, table(["form", "worse in", "above softmax in", "fallen in", "rule"], lines)]
+    return table(header, lines), rule
 
 
 def _rows(study: Study, kind: FeatureKind) -> str:

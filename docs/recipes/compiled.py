@@ -34,7 +34,7 @@ separate = SeparateLoss(NUM_CLASSES, feature_dim=16)
 def joint_loss(inputs: Tensor, labels: Tensor) -> Tensor:
     """Softmax and separate loss of a batch."""
     features = backbone(inputs)
-    joint: Tensor = cross_entropy(head(features), labels) + 0.9 * separate(features, labels)
+    joint: Tensor = cross_entropy(head(features), labels) + separate(features, labels)
     return joint
 
 

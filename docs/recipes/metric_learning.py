@@ -25,7 +25,7 @@ losses, mined = [], []
 for inputs, labels in batches(150):
     embeddings = model(inputs)
     triplets = miner(embeddings, labels)  # only for the triplet loss
-    loss = triplet(embeddings, labels, triplets) + 0.9 * separate(embeddings, labels)
+    loss = triplet(embeddings, labels, triplets) + separate(embeddings, labels)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

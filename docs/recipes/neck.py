@@ -14,9 +14,7 @@ from separate_loss import SoftmaxSeparateLoss
 torch.manual_seed(0)
 model = timm.create_model("test_resnet", pretrained=False, num_classes=NUM_CLASSES, in_chans=1)
 model.fc = nn.Sequential(nn.BatchNorm1d(model.num_features), model.fc)
-criterion = SoftmaxSeparateLoss(
-    model.fc[-1], separate_weight=0.3, scale_free=True, separation="square"
-)
+criterion = SoftmaxSeparateLoss(model.fc[-1], separate_weight=0.3)
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 
 losses = []

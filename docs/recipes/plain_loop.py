@@ -15,7 +15,7 @@ optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=3e
 
 for inputs, labels in batches(150):
     features = backbone(inputs)
-    loss = cross_entropy(head(features), labels) + 0.9 * separate(features, labels)
+    loss = cross_entropy(head(features), labels) + separate(features, labels)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -13,7 +13,7 @@ import transformers
 from data import NUM_CLASSES, batches
 from torch import Tensor
 
-from separate_loss import SeparateLoss, SoftmaxSeparateLoss
+from separate_loss import SoftmaxSeparateLoss
 
 transformers.utils.logging.disable_progress_bar()
 examples = [
@@ -50,14 +50,6 @@ class Classifier(transformers.ConvNextV2ForImageClassification):  # type: ignore
             # The Trainer sums the losses of accumulated batches, so each returns its share.
             outputs.loss = outputs.loss * (len(labels) / num_items_in_batch)
         return outputs
-
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        # `from_pretrained` calls this for modules without values. It marks the loaded tensors.
-        if isinstance(module, SeparateLoss):
-            if not getattr(module.centers, "_is_hf_initialized", False):
-                module.reset_parameters()
-        else:
-            super()._init_weights(module)
 
 
 def train(folder: str, steps: int, *, resume: bool = False) -> tuple[Tensor, transformers.Trainer]:

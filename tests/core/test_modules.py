@@ -243,14 +243,6 @@ class TestCenterInit:
         torch.testing.assert_close(sphere.norm(dim=-1), torch.ones(1000))
         assert abs(float(sphere.mean())) < 0.01
 
-    def test_a_given_tensor_is_copied(self) -> None:
-        values = torch.randn(NUM_CLASSES, FEATURE_DIM)
-        before = values.clone()
-        criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_init=values)
-        assert torch.equal(criterion.centers, before)
-        criterion(*batch())
-        assert torch.equal(values, before)
-
     def test_the_seed_determines_random_centers(self) -> None:
         runs = []
         for _ in range(2):
@@ -357,7 +349,7 @@ def test_training_resumes_bit_identically() -> None:
     assert torch.equal(first[1].centers, second[1].centers)
 
 
-class TestUninitialisedCenters:
+class TestReset:
     @pytest.mark.parametrize("given", ["features", "sphere", "tensor"])
     def test_reset_parameters_restores_initial_values(self, given: Any) -> None:
         init = torch.randn(NUM_CLASSES, FEATURE_DIM) if given == "tensor" else given
@@ -375,40 +367,6 @@ class TestUninitialisedCenters:
             assert torch.equal(criterion.centers, start)
         assert criterion.weight is not None
         assert torch.equal(criterion.weight, weight)
-
-    @pytest.mark.parametrize("center_update", ["forward", "gradient", "none"])
-    def test_empty_memory_after_the_meta_device_is_refused(self, center_update: Any) -> None:
-        features, target = torch.randn(6, FEATURE_DIM), torch.arange(6) % NUM_CLASSES
-
-        def made_on_meta() -> SeparateLoss:
-            with torch.device("meta"):
-                criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_update=center_update)
-            return criterion.to_empty(device="cpu")
-
-        criterion = made_on_meta()
-        with torch.no_grad():
-            criterion.centers.fill_(0.5)
-        with pytest.raises(RuntimeError, match="never got values; call reset_parameters"):
-            criterion(features, target)
-        criterion.reset_parameters()
-        assert criterion(features, target).isfinite()
-        resumed = made_on_meta()
-        resumed.load_state_dict(criterion.state_dict())
-        assert resumed(features, target).isfinite()
-        assigned = made_on_meta()
-        assigned.load_state_dict(criterion.state_dict(), assign=True)
-        assert assigned(features, target).isfinite()
-
-    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-    def test_centers_that_are_not_finite_are_refused(self, value: float) -> None:
-        features, target = torch.randn(6, FEATURE_DIM), torch.arange(6) % NUM_CLASSES
-        criterion = SeparateLoss(NUM_CLASSES, FEATURE_DIM)
-        criterion(features, target)
-        centers = criterion.centers.clone()
-        centers[2, 3] = value
-        criterion.load_state_dict({"centers": centers})
-        with pytest.raises(ValueError, match="centers must hold finite values"):
-            criterion(features, target)
 
 
 @pytest.mark.parametrize("form", ["simplex", "paper"])

@@ -52,6 +52,7 @@ def test_imports_go_down_only() -> None:
         "_torch",
         "_tracing",
         "_checks",
+        "_initial",
         "_layout",
         "_recorder",
         "_ops",

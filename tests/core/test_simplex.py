@@ -188,7 +188,7 @@ def test_l_intra_and_its_gradient_of_centers_are_those_of_the_paper(
         features, centers = problem.requiring_grad()
         loss = intra_class_loss(
             features, problem.target, centers,
-            form=form, reduction=reduction, **options_of(problem),  # type: ignore[arg-type]
+            form=form, reduction=reduction, **options_of(problem),
         )  # fmt: skip
         results.append((loss, torch.autograd.grad(loss.sum(), centers)[0]))
     for one, other in zip(*results, strict=True):
@@ -369,7 +369,7 @@ def test_the_joint_loss_scales_its_separate_part_only() -> None:
     features, target = torch.randn(5, 4) * 20, torch.tensor([0, 1, 2, 0, 1])
     gradients = []
     for form in ("paper", "simplex"):
-        criterion = SoftmaxSeparateLoss(head, center_init=centers, form=form)  # type: ignore[arg-type]
+        criterion = SoftmaxSeparateLoss(head, center_init=centers, form=form)
         leaf = features.clone().requires_grad_()
         softmax = torch.nn.functional.cross_entropy(head(leaf), target)
         (alone,) = torch.autograd.grad(softmax, leaf)
@@ -416,7 +416,7 @@ def test_close_centers_that_sum_to_zero_move_apart() -> None:
     start = torch.cat([start, torch.zeros(4, 2)], dim=1) + 1e-3 * torch.randn(4, 4)
     closest = {}
     for form in ("paper", "simplex"):
-        criterion = SeparateLoss(4, 4, center_init=start, form=form, center_lr=2.0)  # type: ignore[arg-type]
+        criterion = SeparateLoss(4, 4, center_init=start, form=form, center_lr=2.0)
         ignored = torch.full((1,), -100)
         for _ in range(500):
             criterion(torch.randn(1, 4, requires_grad=True), ignored)

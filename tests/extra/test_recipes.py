@@ -45,9 +45,9 @@ def test_training_lowers_the_loss(program: str) -> None:
     losses = run(program)["losses"]
     finite = [loss for loss in losses if math.isfinite(loss)]
     assert len(finite) >= len(losses) - 1
-    # Softmax loss to about 0; separate loss to L_intra near 0 and the least L_inter, 0.417.
+    # To about 0, as softmax loss, L_intra and L_inter.
     assert finite[0] > 2
-    assert sum(finite[-5:]) / 5 < 0.9
+    assert sum(finite[-5:]) / 5 < 0.2
 
 
 def test_mixed_precision_skips_only_the_overflow() -> None:
@@ -95,9 +95,10 @@ def run_in_process(program: str, folder: Path, names: list[str]) -> dict[str, An
 
 
 def check_learning(losses: list[float]) -> None:
-    # Softmax loss of 7 classes, 1.95, and 0.9 x 1 while centers are zero; then as above.
+    # Softmax loss of 7 classes, 1.95, and L_intra of 1/2 while centers are zero. Non-negative
+    # features, as of the model of timm, do not reach their centers.
     assert 2 < losses[0] < 4
-    assert sum(losses[-5:]) / 5 < 0.9
+    assert sum(losses[-5:]) / 5 < 0.6
 
 
 @pytest.mark.parametrize("program", ["timm_model.py", "neck.py"])
@@ -111,7 +112,7 @@ def test_trainers_save_the_centers_and_evaluate_without_an_update(
 ) -> None:
     end = results[program].result()
     check_learning(end["losses"])
-    assert end["unseen_loss"] < 0.9
+    assert end["unseen_loss"] < 0.2
     assert end["resumed_alike"]
     assert not end["evaluation_moves"]
 

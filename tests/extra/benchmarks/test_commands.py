@@ -39,7 +39,7 @@ def edit(path: Path, kept: str, lost: str) -> None:
 def test_speed_resumes_and_refuses_other_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = ("SeparateLoss, paper", "center loss", "textbook", "cross-entropy head")
+    few = ("SeparateLoss, simplex", "center loss", "textbook", "cross-entropy head")
     monkeypatch.setattr(speed, "LOSSES", {name: LOSSES[name] for name in few})
     monkeypatch.setattr(speed, "REPEATS", 2)
     options = ["--quick", "--sizes", "8,4,3", "--threads", "1", "--output", str(tmp_path)]
@@ -60,14 +60,15 @@ def test_scale_resumes_and_leaves_out_what_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scale, "CLASSES", 20)
-    monkeypatch.setattr(scale, "FORMS", {name: scale.FORMS[name] for name in ("paper", "textbook")})
+    few = ("simplex", "textbook")
+    monkeypatch.setattr(scale, "FORMS", {name: scale.FORMS[name] for name in few})
     monkeypatch.setattr(scale, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     monkeypatch.setattr(scale, "_draw", lambda *_: Figure())  # drawn in the next test
     # Enough for pairs of 20 classes, not of 30.
     monkeypatch.setattr(steps, "free_memory", lambda _: 6_000)
     options = ["--quick", "--classes", "10", "30", "--samples", "8", "--threads", "1"]
     main(["scale", *options, "--output", str(tmp_path)])
-    edit(tmp_path / "scale.json", "(256, 128, 10) textbook", "(8, 128, 20) paper")
+    edit(tmp_path / "scale.json", "(256, 128, 10) textbook", "(8, 128, 20) simplex")
     main(["scale", *options, "--output", str(tmp_path)])
     page = (tmp_path / "scale.md").read_text()
     assert "| 123 s |" in page
@@ -135,14 +136,14 @@ def test_the_example_prints_a_table_and_draws_a_small_picture(
     number = r"-?\d+\.\d+ ± \d+\.\d+"
     assert re.search(rf"\| softmax loss \|( {number} \|){{4}} - \|", output)
     assert re.search(rf"\| .* paper's form \|( {number} \|){{5}}", output)
-    assert re.search(rf'\| .* `"square"` \|( {number} \|){{5}}', output)
+    assert re.search(rf"\| .* simplex form \|( {number} \|){{5}}", output)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size < 120_000
 
 
 def test_in_the_example_centers_follow_class_means_and_push_them_apart() -> None:
-    softmax, square = ([*digits.train([*digits.ROWS][row], 0, 12)][-1].figures for row in (0, 2))
-    assert square[0] > 90
-    assert square[2] < softmax[2] - 0.05
-    assert square[3] < softmax[3] - 0.2
-    assert square[4] >= 0.9
+    softmax, simplex = ([*digits.train([*digits.ROWS][row], 0, 12)][-1].figures for row in (0, 2))
+    assert simplex[0] > 90
+    assert simplex[2] < softmax[2] - 0.05
+    assert simplex[3] < softmax[3] - 0.2
+    assert simplex[4] >= 0.9

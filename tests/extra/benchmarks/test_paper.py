@@ -53,7 +53,7 @@ def test_all_data_sets_presets_and_sweeps_at_once(
     folders(tmp_path / "CK+48", 6, 3)  # the first six classes: no neutral
     given += ["--ck-plus", str(tmp_path), "--folder", f"own={tmp_path / 'mmi'}", *SMALL]
     output = tmp_path / "out"
-    given += ["--preset", "paper", "recommended", "--output", str(output)]
+    given += ["--preset", "paper", "simplex", "--output", str(output)]
     given += ["--sweep", "weights", "features", "--epochs", "1", "--neck"]
     command.main(given)
     page = (output / "paper.md").read_text()
@@ -128,7 +128,7 @@ def test_an_interrupted_training_resumes_from_its_last_epoch(
     from accelerate import Accelerator  # noqa: PLC0415
 
     data = TrainingSet("faces", pictures(35, 0), pictures(14, 1), BASIC, 3, 2, (0.0, 0.0))
-    recipe = Recipe("test_resnet", "none", "square", 1.0, 0, 3, 2, size=32)
+    recipe = Recipe("test_resnet", "none", "simplex", 1.0, 0, 3, 2, size=32)
     accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
     expected = run(recipe, data, {}, accelerator, tmp_path / "whole.pt", 0).record
     save = runs._save
