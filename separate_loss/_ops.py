@@ -14,8 +14,6 @@ from separate_loss._tracing import closed_form, has_values
 
 # Values in a block of rows. A block stays in the processor's cache over several operators.
 BLOCK_SIZE = 2**20
-# The CPU runs a product with a vector on one thread. From this size on, other forms are faster.
-MIN_PARALLEL_SIZE = BLOCK_SIZE // 2
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -25,22 +23,6 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
         return left @ right
     with torch.autocast(device, enabled=False):
         return left @ right
-
-
-def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
-    """The product weights @ rows, of (C,) and (C, d)."""
-    if rows.numel() < MIN_PARALLEL_SIZE or not has_values(rows):
-        return matmul(weights, rows)
-    even = len(rows) // 2 * 2
-    halves = weights[:even].view(2, 1, -1), rows[:even].reshape(2, -1, rows.shape[1])
-    return matmul(*halves).sum((0, 1)) + matmul(weights[even:], rows[even:])
-
-
-def row_products(rows: Tensor, vector: Tensor) -> Tensor:
-    """The product rows @ vector, of (C, d) and (d,)."""
-    if rows.numel() < MIN_PARALLEL_SIZE or not has_values(rows):
-        return matmul(rows, vector)
-    return (rows * vector).sum(-1)
 
 
 def clamp_value(value: Tensor, lower: Any, upper: Any) -> Tensor:
@@ -130,7 +112,7 @@ class _GatherCenters(Function):
         norms_of, sums = [], []
         for (block,) in row_blocks(centers):
             norms_of.append(vector_norms(block))
-            sums.append(weighted_sum(norms_of[-1].reciprocal(), block))
+            sums.append(matmul(norms_of[-1].reciprocal(), block))
         norms, center_sum = torch.cat(norms_of), torch.stack(sums).sum(0)
         units = centers.index_select(0, index) / norms.index_select(0, index).unsqueeze(-1)
         return units, center_sum, norms

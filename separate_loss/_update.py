@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from separate_loss._ops import gram_product, row_blocks, row_products, tangent, vector_norms
+from separate_loss._ops import gram_product, matmul, row_blocks, tangent, vector_norms
 from separate_loss._separation import separation_gradient
 from separate_loss._tracing import has_values
 
@@ -138,7 +138,7 @@ def _push_(centers: Tensor, norms: Tensor, push: _Push) -> None:
         # c + tangent(v, u) / ||c|| = (1 - v . u / ||c||^2) c + v / ||c||. The factor comes last: a
         # large one could overflow before it is divided by large norms.
         for block, norm in row_blocks(centers, norms):
-            along = row_products(block, vector) / norm / norm * factor / norm
+            along = matmul(block, vector) / norm / norm * factor / norm
             block.mul_((1 - along).unsqueeze(-1))
             block.addcmul_(vector * factor, norm.reciprocal().unsqueeze(-1))
         return
