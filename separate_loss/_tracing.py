@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import Parameter
 
-from separate_loss._torch import in_transform, under_vmap
+from separate_loss._torch import in_compiled_transform, in_transform, under_vmap
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -44,7 +44,9 @@ def closed_form(rules: type[Function]) -> Callable[..., Any]:
     @wraps(rules.forward)
     def apply(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return compiled.apply(*inputs)
+            # The compiler gives a Function no rule for vmap.
+            form = rules.forward if in_compiled_transform() else compiled.apply
+            return form(*inputs)
         return (rules if in_transform() else classic).apply(*inputs)
 
     return apply
