@@ -17,7 +17,7 @@ from separate_loss._checks import (
     check_label_smoothing,
     check_matches_centers,
 )
-from separate_loss._torch import assert_on_device, under_vmap
+from separate_loss._torch import assert_on_device, in_compiled_transform, under_vmap
 from separate_loss._tracing import has_values
 
 
@@ -110,7 +110,8 @@ def mask_ignored(
     if not has_values(target):
         mask = target != ignore_index
         target = target.where(mask, 0)
-        if torch.compiler.is_compiling() or not under_vmap(target):
+        batched = in_compiled_transform() if torch.compiler.is_compiling() else under_vmap(target)
+        if not batched:  # an assertion has no batched form
             assert_on_device(
                 ((target >= 0) & (target < num_classes)).all(),
                 f"target must hold class indices in [0, {num_classes}) or ignore_index",

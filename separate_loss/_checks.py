@@ -1,12 +1,14 @@
 """Validation: every error names the argument, what was expected and what came."""
 
 import math
+import warnings
 from numbers import Integral, Real
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from separate_loss._torch import under_vmap
 from separate_loss._tracing import has_values
 
 Reduction = Literal["none", "mean", "sum"]
@@ -30,7 +32,10 @@ def check_int(name: str, value: object, least: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if least is not None and int(value) < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+        # A head with one output, trained by a binary loss.
+        binary = (name, value) == ("num_classes", 1)
+        hint = "; for one logit use SeparateLoss(2, feature_dim) beside the binary loss" * binary
+        raise ValueError(f"{name} must be at least {least}, got {value}{hint}")
     return int(value)
 
 
@@ -141,22 +146,88 @@ def check_batch(
     if target.dtype == torch.bool or target.is_complex():
         raise TypeError(
             "target must hold class indices (an integer type) or class probabilities "
-            f"(a floating type), got {target.dtype}"
+            f"(a floating type), got {target.dtype}; class indices need target.long()"
         )
-    expected: tuple[int, ...] = features.shape[:-1]
-    if target.is_floating_point():
-        expected = (*expected, num_classes)
+    samples = tuple(features.shape[:-1])
+    expected = (*samples, num_classes) if target.is_floating_point() else samples
     if target.shape != expected:
         kind = "probabilities" if target.is_floating_point() else "indices"
-        column = target.shape == (*expected, 1)
-        hint = "; a column of labels needs target.squeeze(-1)" if column else ""
-        if target.is_floating_point() and target.shape == features.shape[:-1]:
-            hint = "; class indices need target.long()"
         raise ValueError(
-            f"target of class {kind} must have shape {tuple(expected)} beside {name} of shape "
-            f"{tuple(features.shape)} and {num_classes} classes, got {tuple(target.shape)}{hint}"
+            f"target of class {kind} must have shape {expected} beside {name} of shape "
+            f"{tuple(features.shape)} and {num_classes} classes, got {tuple(target.shape)}"
+            f"{_target_hint(target, samples) or _order_hint(features, target, num_classes)}"
         )
+    if name == "features":
+        check_order(features, samples)
     check_device("target", target, name, features)
+
+
+def _target_hint(target: Tensor, samples: tuple[int, ...]) -> str:
+    """How class indices of a wrong type or shape become right."""
+    column = target.shape == (*samples, 1)
+    if not column and target.shape != samples:
+        return ""
+    if not target.is_floating_point():
+        return "; a column of labels needs target.squeeze(-1)"
+    return "; class indices need target.long()" + ", a column also squeeze(-1)" * column
+
+
+def _order_hint(features: Tensor, target: Tensor, num_classes: int) -> str:
+    """How features (N, d, *) become (*, d)."""
+    batch, _, *places = (*features.shape, 0, 0)[: max(2, features.ndim)]
+    labels = tuple(target.shape)
+    if not places:
+        return ""
+    if labels in ((batch, *places), (batch, *places, num_classes)):
+        return "; features (N, d, *) need features.movedim(1, -1)"
+    if labels == (batch, num_classes, *places):
+        return "; features (N, d, *) need features.movedim(1, -1), and target.movedim(1, -1)"
+    if labels in ((batch,), (batch, num_classes)):
+        pooled = "" if math.prod(places) == 1 else " after pooling"
+        return f"; a label for each map needs features.flatten(1){pooled}"
+    return ""
+
+
+def check_order(features: Tensor, samples: tuple[int, ...] | None = None) -> None:
+    """Refuses maps whose shape fits (N, *, d) as well as (N, d, *), given the target's shape.
+
+    Where a view has its last dimension outermost in memory, movedim(1, -1) has made it.
+    """
+    sizes, strides = features.shape[1:], features.stride()[1:]
+    if len(sizes) < 3 or sizes[0] < 2 or sizes[0] != sizes[-1]:
+        return
+    if (samples is None or samples[1:] == sizes[1:]) and strides[-1] <= max(strides[:-1]):
+        raise ValueError(
+            f"features of shape {tuple(features.shape)} may be (N, *, d) or (N, d, *); pass "
+            "features.movedim(1, -1).flatten(0, -2) if dimension 1 holds d, and else "
+            "features.flatten(0, -2), beside target.flatten() of class indices"
+        )
+
+
+def warn_probabilities(target: Tensor, stacklevel: int = 7) -> bool:
+    """Warns of rows that are no class probabilities, and returns whether it has read any.
+
+    Synchronises, so it is for the first call. `stacklevel` is for SeparateLoss's `_compute`.
+    """
+    if not target.is_floating_point() or target.is_meta or not target.numel():
+        return False
+    if torch.compiler.is_compiling() or under_vmap(target) or type(target) is not Tensor:
+        return False
+    target = target.detach()
+    sums = target.sum(-1, dtype=torch.promote_types(target.dtype, torch.float32))
+    # At least that of values that were rounded to float16 before.
+    rounding = max(4 * torch.finfo(target.dtype).eps, 1e-3)
+    right = (((sums - 1).abs() <= rounding) | (sums.abs() <= rounding)) & (target.amin(-1) >= 0)
+    if not bool(right.all()):
+        row = target.reshape(-1, target.shape[-1])[int(right.flatten().int().argmin())]
+        warnings.warn(
+            "target holds rows that are no class probabilities, which are not negative and sum to "
+            f"1, or to 0 for an ignored sample: got a row with the least value {row.min():.4g} and "
+            f"the sum {row.sum():.4g}. Divide several labels of a sample by their number; logits "
+            "need softmax(-1)",
+            stacklevel=stacklevel,
+        )
+    return True
 
 
 def check_logits(logits: Tensor, target: Tensor, class_dim: int, num_classes: int) -> None:
@@ -167,14 +238,17 @@ def check_logits(logits: Tensor, target: Tensor, class_dim: int, num_classes: in
             f"logits must have {num_classes} values in {place}, one per class, "
             f"got shape {tuple(logits.shape)}"
         )
+    if logits.ndim <= 2:
+        check_batch(logits, target, num_classes, name="logits")
+        return
     check_tensor("target", target)
     samples = (*logits.shape[:class_dim], *logits.shape[class_dim + 1 :])
-    fits = target.shape == (logits.shape if target.is_floating_point() else samples)
-    if logits.ndim > 2 and not fits:
+    if target.shape != (logits.shape if target.is_floating_point() else samples):
         raise ValueError(
             f"target must have shape {samples} for class indices, or {tuple(logits.shape)} for "
             f"class probabilities, beside logits of shape {tuple(logits.shape)} with the classes "
             f"in dimension {class_dim}, got {tuple(target.shape)} of {target.dtype}"
+            f"{_target_hint(target, samples)}"
         )
 
 
@@ -205,12 +279,21 @@ def check_matches_centers(features: Tensor, centers: Tensor, weight: Tensor | No
     if features.shape[-1] != feature_dim:
         raise ValueError(
             f"features must have {feature_dim} values in the last dimension, as centers have, "
-            f"got shape {tuple(features.shape)}"
+            f"got shape {tuple(features.shape)}{_dim_hint(features, feature_dim)}"
         )
-    check_device("features", features, "centers", centers)
+    moves = f"; a loss moves by criterion.to({str(features.device)!r})"
+    check_device("features", features, "centers", centers, moves)
     if weight is not None:
         check_weight(weight, num_classes)
         check_device("weight", weight, "centers", centers)
+
+
+def _dim_hint(features: Tensor, feature_dim: int) -> str:
+    if features.ndim < 3 or features.shape[1] != feature_dim:
+        return ""
+    pooled = math.prod(features.shape[2:]) == 1
+    change = "features.flatten(1)" if pooled else "features.movedim(1, -1)"
+    return f"; features (N, d, *) need {change}"
 
 
 def check_weight(weight: Tensor, num_classes: int) -> None:
@@ -225,8 +308,8 @@ def check_weight(weight: Tensor, num_classes: int) -> None:
         raise ValueError(f"weight must not be negative or NaN, got a least value of {weight.min()}")
 
 
-def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+def check_device(name: str, value: Tensor, other_name: str, other: Tensor, hint: str = "") -> None:
     if value.device != other.device:
         raise ValueError(
-            f"{name} must be on {other.device}, as {other_name} is, got {value.device}"
+            f"{name} must be on {other.device}, as {other_name} is, got {value.device}{hint}"
         )

@@ -19,6 +19,7 @@ from separate_loss._checks import (
     check_int,
     check_no_effect,
     check_weight,
+    warn_probabilities,
 )
 from separate_loss._distributed import (
     all_reduce_gradient,
@@ -189,6 +190,7 @@ class SeparateLoss(nn.Module):
         self.process_group = process_group
         self.sync_centers = sync_centers
         self.last_terms: Terms | None = None
+        self._target_read = False  # whether class probabilities were read, for a warning
 
         self._init = given_centers(center_init, (num_classes, feature_dim), center_update)
         self.center_init = "tensor" if isinstance(self._init, Tensor) else self._init
@@ -237,6 +239,8 @@ class SeparateLoss(nn.Module):
         if group is not None and learning:
             centers = all_reduce_gradient(centers, group)
         step = run_step(features, target, centers, self._options(), group if updating else None)
+        if not compiling:
+            self._target_read = self._target_read or warn_probabilities(target)
         terms = step.intra.detach(), step.inter.detach(), step.num_centers
         plain = [value for value in map(unwrapped, terms) if value is not None]
         self.last_terms = Terms(*plain) if len(plain) == len(terms) else None

@@ -18,6 +18,7 @@ from separate_loss._checks import (
     check_batch,
     check_choice,
     check_head_input,
+    check_int,
     check_logits,
     check_nonnegative,
     check_vectors,
@@ -213,12 +214,16 @@ class SoftmaxSeparateLoss(nn.Module):
         # Last, so that invalid input does not change the centers.
         with torch.set_grad_enabled(torch.is_grad_enabled() and recorded):
             self._warn(logits, features, forward_pass is not None and not forward_pass.training)
-            loss = separate._step(features, target, may_update=moving)
+            # Flat, since maps of d x d pixels with d features fit two orders.
+            flat = target.reshape(-1, *target.shape[logits.ndim - 1 :])
+            features = features.reshape(-1, separate.feature_dim)
+            loss = separate._step(features, flat, may_update=moving)
             if forward_pass is not None and torch.is_grad_enabled() and separate.training:
                 forward_pass.moved = True
         if separate.last_terms is not None:
             self.last_terms = SoftmaxSeparateTerms(softmax.detach().mean(), *separate.last_terms)
-        return softmax.reshape(loss.shape) + self.separate_weight * loss
+        loss = softmax.reshape(loss.shape) + self.separate_weight * loss
+        return loss.reshape(logits.shape[:-1]) if separate.reduction == "none" else loss
 
     def _features_of(self, logits: Tensor) -> tuple[Tensor, int, ForwardPass]:
         """Features, the class dimension of the logits, and the recorded pass."""
@@ -352,6 +357,8 @@ def _size_of(name: str, given: int | None, head: nn.Module) -> int:
         found = _size(layers[-1], "out") if name == "num_classes" else _size(layers[0], "in")
     # With several layers, the argument may name another one.
     if given is not None and found not in (None, given) and len(layers) == 1:
+        if name == "num_classes" and found == 1:
+            check_int(name, found, least=2)
         raise ValueError(f"{name} must be {found}, as in the head, or None, got {given}")
     size = found if given is None else given
     if size is None:

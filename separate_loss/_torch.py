@@ -34,6 +34,12 @@ def in_transform() -> bool:
     return active is None or active() or in_forward_mode()
 
 
+def in_compiled_transform() -> bool:
+    """Whether the compiler traces a transform of torch.func; False before 2.11, which differ."""
+    active = _found(torch._C, "_are_functorch_transforms_active") if RELEASE >= (2, 11) else None
+    return active is not None and bool(active())
+
+
 def in_autocast(device: str) -> bool:
     """Whether autocast is on for a device type."""
     if torch.compiler.is_compiling():
@@ -48,7 +54,7 @@ def unwrapped(tensor: Tensor) -> Tensor | None:
     Compiled code gets None in each transform. If it is unknown, None for subclasses.
     """
     if torch.compiler.is_compiling():
-        return None if in_transform() else tensor
+        return None if in_compiled_transform() else tensor
     functorch = _found(torch._C, "_functorch")
     if functorch is None:
         return tensor if type(tensor) in (Tensor, nn.Parameter) else None

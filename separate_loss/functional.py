@@ -190,7 +190,8 @@ def separate_loss(
     has one unless its center is zero.
 
     Args:
-        features: deep features, floating point, `(*, d)`.
+        features: deep features, floating point, `(*, d)`. Maps `(N, d, *)` need `movedim(1, -1)`.
+            Maps with d x d pixels fit both orders, so that they are refused without it.
         target: class indices, an integer type, `(*)` with values in [0, C) or `ignore_index`; or
             class probabilities, floating point, `(*, C)`: soft labels, mixup, compound labels.
         centers: floating point, (C, d) with C >= 2.

@@ -1,13 +1,16 @@
 """Compactness of classes, their separation, and how true learned centers are, as in Table 1.
 
-All figures are cosines in [-1, 1], not the similarities of Eq. 1, and are computed in float64 if
-the device supports it. A class without samples has no center: its row and its figures are NaN, and
-means exclude it.
+All figures are cosines in [-1, 1], not the similarities of Eq. 1, without a graph, and are computed
+in float64 if the device supports it. A class without samples has no center: its row and its figures
+are NaN, and means exclude it. Features are worked on in parts, so that no metric copies them.
 """
 
-from typing import Literal, Self, get_args, overload
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal, Self, get_args, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from separate_loss._batch import mask_ignored
@@ -19,9 +22,15 @@ from separate_loss._checks import (
     check_device,
     check_int,
     check_matches_centers,
+    check_order,
     check_vectors,
 )
+from separate_loss._distributed import resolve_group
+from separate_loss._ops import BLOCK_SIZE
 from separate_loss._terms import normalize
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "ClassStatistics",
@@ -37,7 +46,7 @@ REDUCTIONS = get_args(Reduction)
 
 
 class ClassStatistics:
-    """Accumulates batches for the metrics, in O(C d) memory.
+    """Accumulates batches for the metrics, in O(C d) memory; `all_reduce` adds up processes.
 
     Args:
         num_classes: C, at least 2.
@@ -84,27 +93,42 @@ class ClassStatistics:
         check_batch(features, target, num_classes)
         if target.is_floating_point():
             raise TypeError(f"target must hold class indices, got {target.dtype}")
-        if features.shape[-1] != feature_dim:
-            raise ValueError(
-                f"features must have {feature_dim} values in the last dimension, "
-                f"got shape {tuple(features.shape)}"
-            )
-        check_device("features", features, "the statistics", self.sums)
+        check_device("features", features, "ClassStatistics", self.sums)
+        check_matches_centers(features, self.sums)
         index, mask = mask_ignored(target.reshape(-1), num_classes, self.ignore_index)
-        vectors = _wide(features.reshape(-1, feature_dim))
-        valid = torch.ones_like(vectors[:, 0])
-        if mask is not None:
-            valid = valid.where(mask, 0)
-            vectors = vectors.where(mask.unsqueeze(-1), 0)
-        self.sums.index_add_(0, index, vectors)
-        self.unit_sums.index_add_(0, index, normalize(vectors)[0])
-        self.counts.index_add_(0, index, valid)
+        for rows, part in _parts(features, feature_dim):
+            vectors, valid = part, torch.ones_like(part[:, 0])
+            if mask is not None:
+                valid = valid.where(mask[rows], 0)
+                vectors = part.where(mask[rows].unsqueeze(-1), 0)
+            self.sums.index_add_(0, index[rows], vectors)
+            self.unit_sums.index_add_(0, index[rows], normalize(vectors)[0])
+            self.counts.index_add_(0, index[rows], valid)
         return self
 
+    @torch.no_grad()
+    def all_reduce(self, process_group: "ProcessGroup | None" = None) -> "ClassStatistics":
+        """Returns new statistics of the samples of all processes, and keeps its own.
+
+        Every process of the group must make the call; None takes all processes. Where
+        torch.distributed is not initialised, the result is a copy.
+        """
+        total = copy.copy(self)
+        total.sums, total.unit_sums = self.sums.clone(), self.unit_sums.clone()
+        total.counts = self.counts.clone()
+        group = resolve_group(process_group, sync_centers=True)
+        if group is not None:
+            _check_same_sizes(self.sums, group)
+            for part in (total.sums, total.unit_sums, total.counts):
+                dist.all_reduce(part, group=group)
+        return total
+
+    @torch.no_grad()
     def class_centers(self) -> Tensor:
         """Returns what the function `class_centers` returns."""
         return self.sums / self.counts.unsqueeze(-1)
 
+    @torch.no_grad()
     def intra_class_similarity(
         self, centers: Tensor | None = None, *, reduction: Reduction = "mean"
     ) -> Tensor:
@@ -118,13 +142,26 @@ class ClassStatistics:
         return _reduce((means * normalize(_wide(centers))[0]).sum(-1), reduction)
 
 
+def _check_same_sizes(sums: Tensor, group: "ProcessGroup") -> None:
+    """Raises in all processes where sizes differ: backends would abort or read garbage."""
+    sizes = torch.tensor(sums.shape, device=sums.device)
+    least, most = sizes.clone(), sizes.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    if not torch.equal(least, most):
+        raise ValueError(
+            "num_classes and feature_dim must be equal in all processes, got from "
+            f"{least.tolist()} to {most.tolist()}"
+        )
+
+
 def class_centers(
     features: Tensor, target: Tensor, num_classes: int, *, ignore_index: int = -100
 ) -> Tensor:
     """The true class centers: the mean feature of each class.
 
     Args:
-        features: floating point, `(*, d)`.
+        features: floating point, `(*, d)`; maps as in `separate_loss.functional.separate_loss`.
         target: class indices, `(*)`, in [0, C) or `ignore_index`.
         num_classes: C, at least 2.
         ignore_index: samples with this class index are ignored.
@@ -179,6 +216,7 @@ def intra_class_similarity(
     return statistics.intra_class_similarity(centers, reduction=reduction)
 
 
+@torch.no_grad()
 def inter_class_similarity(centers: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     """Mean cosine between centers of different classes; per class, to those of all others.
 
@@ -207,6 +245,7 @@ def inter_class_similarity(centers: Tensor, *, reduction: Reduction = "mean") ->
     return _reduce(cosines.masked_fill(absent, torch.nan), reduction)
 
 
+@torch.no_grad()
 def center_agreement(
     centers: Tensor, true_centers: Tensor, *, reduction: Reduction = "mean"
 ) -> Tensor:
@@ -257,13 +296,15 @@ def nearest_center(
     the head does not use them.
 
     Args:
-        features: floating point, `(*, d)`.
+        features: floating point, `(*, d)`. Maps `(N, d, *)` need `movedim(1, -1)`; those of width d
+            fit both orders, so that they are refused without it.
         centers: learned or true centers, (C, d). Zero and NaN centers are nearest to no sample.
         return_cosines: whether to return the largest cosines as well.
 
     Returns:
-        Class indices `(*)`, int64, and with `return_cosines` their cosines `(*)`, NaN for features
-        that are not finite. Of equal cosines, the first class is returned.
+        Class indices `(*)`, int64, and with `return_cosines` their cosines `(*)`. Of equal cosines,
+        the first class is returned. Samples that are not finite have the class -1 and the cosine
+        NaN, as have all samples if no center can be used.
 
     Raises:
         TypeError, ValueError: types, shapes or devices do not fit.
@@ -278,19 +319,20 @@ def nearest_center(
     check_centers("centers", centers)
     check_matches_centers(features, centers)
     check_bool("return_cosines", return_cosines)
+    check_order(features)
     units, norms = normalize(_wide(centers))
     missing = ~norms.isfinite()
-    indices, cosines = [], []
-    # In parts, to limit the memory of samples times classes.
-    for part in _wide(features.reshape(-1, centers.shape[1])).split(max(1, 2**22 // len(centers))):
-        found = (normalize(part)[0] @ units.mT).masked_fill(missing, -torch.inf)
-        largest, index = found.max(-1)
-        indices.append(index)
-        cosines.append(largest.clamp(-1, 1))
-    index = torch.cat(indices).reshape(features.shape[:-1])
+    index = torch.empty(features.shape[:-1].numel(), dtype=torch.long, device=features.device)
+    cosines = torch.empty_like(index, dtype=units.dtype)
+    for rows, vectors in _parts(features, len(centers)):
+        found = (normalize(vectors)[0] @ units.mT).masked_fill_(missing, -torch.inf)
+        cosines[rows], index[rows] = found.max(-1)
+    unknown = ~cosines.isfinite()
+    index = index.masked_fill_(unknown, -1).reshape(features.shape[:-1])
     if not return_cosines:
         return index
-    return index, torch.cat(cosines).reshape(features.shape[:-1])
+    cosines = cosines.clamp_(-1, 1).masked_fill_(unknown, torch.nan)
+    return index, cosines.reshape(features.shape[:-1])
 
 
 def _statistics(
@@ -301,6 +343,20 @@ def _statistics(
     return ClassStatistics(
         num_classes, features.shape[-1], ignore_index=ignore_index, device=features.device
     ).update(features, target)
+
+
+def _parts(features: Tensor, width: int) -> Iterator[tuple[slice, Tensor]]:
+    """Features in parts: the samples of each, and their vectors in the type of the metrics.
+
+    A part has room for `width` values a sample beside the vectors.
+    """
+    features = torch.atleast_2d(features)
+    first, size = 0, max(1, BLOCK_SIZE // max(width, features.shape[-1]))
+    # Along the first dimension, since flattening copies a map that movedim(1, -1) has made.
+    for block in features.split(max(1, size // max(1, features.shape[1:-1].numel()))):
+        for vectors in block.reshape(-1, features.shape[-1]).split(size):
+            yield slice(first, first + len(vectors)), _wide(vectors)
+            first += len(vectors)
 
 
 def _check_fit(name: str, value: Tensor, like: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Figures. They need matplotlib (`pip install separate-loss[plots]`), imported when called."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,28 +10,32 @@ from separate_loss._checks import check_centers
 from separate_loss._terms import normalize
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["center_similarity", "feature_space"]
 
 
 def feature_space(
-    points: Tensor,
-    target: Tensor,
+    points: "Tensor | ArrayLike",
+    target: "Tensor | ArrayLike",
     *,
-    true_centers: Tensor | None = None,
-    learned_centers: Tensor | None = None,
+    true_centers: "Tensor | ArrayLike | None" = None,
+    learned_centers: "Tensor | ArrayLike | None" = None,
     class_names: Sequence[str] | None = None,
+    ignore_index: int = -100,
     axes: "Axes | None" = None,
 ) -> "Axes":
-    """Draws features in the plane, classes in colour, true and learned centers marked.
+    """Draws features in the plane, each class with its mean and its center in one colour.
 
     Args:
-        points: features brought to two dimensions (t-SNE, PCA), (N, 2).
-        target: class indices, (N,).
+        points: features brought to two dimensions (t-SNE, PCA), (N, 2), a tensor or an array.
+        target: class indices, (N,). Samples with `ignore_index` or a negative index are left out.
         true_centers: class means in the same plane, (C, 2).
         learned_centers: the loss's centers in the same plane, (C, 2).
-        class_names: written beside the classes; their indices if None.
+        class_names: written at the class means; their indices if None.
+        ignore_index: samples with this class index are left out.
         axes: where to draw; new ones if None.
 
     Returns:
@@ -39,69 +43,109 @@ def feature_space(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: `points` or centers are not of shape (*, 2), or `target` does not fit.
+        TypeError: `target` holds no integers.
+        ValueError: `points` or centers are not of shape (*, 2), or `target`, centers or names do
+            not fit.
 
     Examples:
         >>> axes = feature_space(torch.randn(6, 2), torch.arange(6) % 3)
     """
-    for name, rows in (
-        ("points", points),
-        ("true_centers", true_centers),
-        ("learned_centers", learned_centers),
-    ):
-        if rows is not None and (rows.ndim != 2 or rows.shape[1] != 2):
-            raise ValueError(f"{name} must have shape (*, 2), got {tuple(rows.shape)}")
-    if target.shape != points.shape[:1]:
-        raise ValueError(
-            f"target must have shape {tuple(points.shape[:1])}, got {tuple(target.shape)}"
-        )
     import matplotlib.pyplot as plt  # noqa: PLC0415
+    import numpy as np  # noqa: PLC0415
+    from matplotlib.lines import Line2D  # noqa: PLC0415
     from matplotlib.patheffects import withStroke  # noqa: PLC0415
 
+    drawn, labels = _rows("points", points), _array(target)
+    if labels.shape != drawn.shape[:1]:
+        raise ValueError(f"target must have shape {drawn.shape[:1]}, got {labels.shape}")
+    if labels.size and labels.dtype.kind not in "iub":
+        raise TypeError(f"target must hold class indices, got {labels.dtype}")
+    used = (labels >= 0) & (labels != ignore_index)
+    drawn, labels = drawn[used], labels[used].astype(int)
+    means = None if true_centers is None else _rows("true_centers", true_centers)
+    centers = None if learned_centers is None else _rows("learned_centers", learned_centers)
+    num_classes = int(labels.max(initial=-1)) + 1
+    for name, given in (
+        ("true_centers", means),
+        ("learned_centers", centers),
+        ("class_names", class_names),
+    ):
+        if given is not None and len(given) < num_classes:
+            raise ValueError(f"{name} must hold all {num_classes} classes, got {len(given)}")
+    num_classes = max(num_classes, *(len(rows) for rows in (means, centers) if rows is not None), 1)
+    colors = _colors(num_classes)
     if axes is None:
         axes = plt.figure(figsize=(6, 6), layout="constrained").add_subplot()
-    points, target = points.detach().cpu(), target.cpu()
-    colors = plt.get_cmap("tab10" if int(target.max()) < 10 else "tab20")
+
     halo = [withStroke(linewidth=3, foreground="white")]
-    for label in target.unique().tolist():
-        members = points[target == label]
-        x, y = members.unbind(1)
+    for label in np.unique(labels).tolist():
+        members = drawn[labels == label]
         axes.scatter(
-            x.numpy(), y.numpy(), s=9, color=colors(label % colors.N), alpha=0.55, linewidths=0
+            members[:, 0], members[:, 1], s=9, color=colors[label], alpha=0.55, linewidths=0
         )
-        name = str(label) if class_names is None else class_names[label]
-        # Above the bulk of the class, not above its outliers.
+        finite = members[np.isfinite(members).all(1)]
+        mean = finite.mean(0) if len(finite) else [0, 0]
+        if means is not None and np.isfinite(means[label]).all():
+            mean = means[label]
         axes.annotate(
-            name,
-            (float(x.median()), float(y.quantile(0.9))),
-            xytext=(0, 6),
+            str(label) if class_names is None else class_names[label],
+            (mean[0], mean[1]),
+            xytext=(0, 7),
             textcoords="offset points",
             ha="center",
             fontsize=12,
             fontweight="bold",
-            color=colors(label % colors.N),
+            color=colors[label],
             path_effects=halo,
         )
-    for rows, marker, size, face, name in (
-        (true_centers, "o", 90, "white", "true center (class mean)"),
-        (learned_centers, "X", 55, "black", "learned center"),
+    handles = []
+    for rows, marker, edge, name in (
+        (means, "o", "white", "true center (class mean)"),
+        (centers, "X", "black", "learned center"),
     ):
         if rows is not None:
+            x, y = rows.T
             axes.scatter(
-                rows[:, 0].detach().cpu().numpy(),
-                rows[:, 1].detach().cpu().numpy(),
-                marker=marker,
-                s=size,
-                facecolor=face,
-                edgecolor="black" if face == "white" else "white",
-                linewidths=1.4 if face == "white" else 0.8,
-                label=name,
+                x, y, s=80, c=colors[: len(rows)], marker=marker, edgecolors=edge, zorder=3
             )
-    if true_centers is not None or learned_centers is not None:
-        axes.legend(loc="best", fontsize=9, framealpha=0.9)
+            handles.append(
+                Line2D([], [], ls="", marker=marker, ms=9, color="gray", mec=edge, label=name)
+            )
+    if handles:
+        axes.legend(handles=handles, loc="best", fontsize=9, framealpha=0.9)
     axes.set(xticks=[], yticks=[])
     axes.margins(0.06)
     return axes
+
+
+def _array(values: "Tensor | ArrayLike") -> "NDArray[Any]":
+    import numpy as np  # noqa: PLC0415
+
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = values.double() if values.is_floating_point() else values
+        return values.numpy()
+    return np.asarray(values)
+
+
+def _rows(name: str, values: "Tensor | ArrayLike") -> "NDArray[np.float64]":
+    rows = _array(values)
+    if rows.ndim != 2 or rows.shape[1] != 2:
+        raise ValueError(f"{name} must have shape (*, 2), got {rows.shape}")
+    return rows.astype(float)
+
+
+def _colors(num_classes: int) -> "NDArray[np.float64]":
+    """A colour for each class: matplotlib's for up to 20 classes, else hues in three tones."""
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+    import numpy as np  # noqa: PLC0415
+    from matplotlib.colors import hsv_to_rgb  # noqa: PLC0415
+
+    index = np.arange(num_classes)
+    if num_classes <= 20:
+        return plt.get_cmap("tab10" if num_classes <= 10 else "tab20")(index)[:, :3]
+    tones = np.array([[1.0, 0.85], [0.55, 0.95], [0.9, 0.5]])
+    return hsv_to_rgb(np.column_stack([index / num_classes, tones[index % 3]]))
 
 
 def center_similarity(
@@ -119,12 +163,15 @@ def center_similarity(
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError, ValueError: `centers` is not a floating-point tensor (C, d).
+        TypeError, ValueError: `centers` is not a floating-point tensor (C, d), or the number of
+            names differs from C.
 
     Examples:
         >>> axes = center_similarity(torch.randn(3, 8))
     """
     check_centers("centers", centers)
+    if class_names is not None and len(class_names) != len(centers):
+        raise ValueError(f"class_names must hold {len(centers)} names, got {len(class_names)}")
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
     if axes is None:

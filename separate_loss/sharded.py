@@ -28,6 +28,7 @@ from separate_loss._initial import (
     given_centers,
     init_centers_,
     look_at_,
+    seen_now,
 )
 from separate_loss._modules import Terms
 from separate_loss._ops import full_precision

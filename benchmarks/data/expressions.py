@@ -151,12 +151,16 @@ def folder(
     class_names: Sequence[str] = BASIC,
 ) -> Parts:
     """Pictures in a folder per class, named for it or its code, below folders of parts or not."""
-    if not home.is_dir():
-        raise _unlike(what, home, "a folder per class")
     codes, parts = codes or {}, {}
     for split, above in (_splits(home) or {"test": home}).items():
+        folders = sorted(path for path in above.glob("*") if path.is_dir())
+        if not folders:
+            numbers = [int(code) for code in codes]
+            numbered = f", or numbered {min(numbers)} to {max(numbers)}" if numbers else ""
+            expected = f"a folder of pictures per class, named {', '.join(class_names)}{numbered}"
+            raise _unlike(what, above, expected)
         found: list[tuple[Path, int | None]] = []
-        for path in sorted(path for path in above.iterdir() if path.is_dir()):
+        for path in folders:
             name = path.name
             index = codes[name] if name in codes else index_of(name, class_names)
             found += [(picture, index) for picture in _pictures_in(path)]
@@ -177,7 +181,8 @@ def raf_db(home: Path, class_names: Sequence[str] = BASIC, *, votes: bool = Fals
         parts = _checked(_raf_db_list(home, listed, class_names), what, home)
         return _with_votes(parts, listed.with_name("distribution_basic.txt")) if votes else parts
     if not (home / "train").is_dir() and not (home / "test").is_dir():
-        raise _unlike(what, home, "EmoLabel/list_patition_label.txt or train/ and test/")
+        expected = "EmoLabel/list_patition_label.txt, or train/ and test/ with a folder per class"
+        raise _unlike(what, home, expected)
     codes = _codes(class_names, 1, class_names)
     if class_names is BASIC and (home / "train" / "00").is_dir():  # a copy in AffectNet's order
         codes = _codes(AFFECTNET[:7], 0)
@@ -293,6 +298,9 @@ def ck_plus(home: Path) -> Parts:
 def fer_2013(path: Path) -> Parts:
     """FER-2013 as a folder per class, or as `faces.load` reads it."""
     if path.is_dir():
+        files = [str(file) for file in sorted(path.glob("*.*")) if file.suffix in faces.SUFFIXES]
+        if files and not any(file.is_dir() for file in path.iterdir()):
+            raise ValueError(f"{path} is a folder: give the file of FER-2013, {' or '.join(files)}")
         return folder(path, "FER-2013")
     found = faces.load(path)
     indices = [index_of(name) for name in found.class_names]

@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.data import Split
 
 SIZE = 48
+SUFFIXES = (".npz", ".csv")
 CSV_CLASSES = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")
 CSV_SPLITS = {"Training": "train", "PublicTest": "validation", "PrivateTest": "test"}
 LAYOUTS = (
@@ -37,7 +38,7 @@ class Faces(NamedTuple):
 
 def load(path: Path) -> Faces:
     """Reads FER-2013 from a csv or an npz, and refuses anything else with a ValueError."""
-    if path.suffix not in (".npz", ".csv"):
+    if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} is not FER-2013: {LAYOUTS}")
     faces = (_load_npz if path.suffix == ".npz" else _load_csv)(path)
     count, labels = len(faces.labels), set(faces.labels.tolist())

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import grad, vmap
 
 from separate_loss import SeparateLoss, separate_loss
 from separate_loss import functional as F
-from tests.helpers.releases import COMPILES_UPDATES
+from tests.helpers.releases import COMPILES_UPDATES, needs_compiled_transforms
 
 NUM_CLASSES, FEATURE_DIM = 7, 16
 SIZES = [8, 5, 32, 17]
@@ -106,6 +107,30 @@ def test_labels_out_of_range_are_refused() -> None:
     target[1] = NUM_CLASSES
     with pytest.raises(RuntimeError, match=r"target must hold class indices|index out of bounds"):
         fast(features, target, torch.randn(NUM_CLASSES, FEATURE_DIM))
+
+
+@needs_compiled_transforms
+@pytest.mark.parametrize("form", ["simplex", "paper"])
+def test_vmap_with_batched_labels_compiles(form: Any) -> None:
+    """Losses of many batches, and the gradients of each sample; before, the compiler failed."""
+    features, target = batch("ignoring", 12)
+    centers = torch.randn(NUM_CLASSES, FEATURE_DIM)
+    centers[2] = features[3] = 0
+
+    def loss(features: Tensor, target: Tensor, centers: Tensor) -> Tensor:
+        return separate_loss(features, target, centers, form=form)
+
+    def of_sample(features: Tensor, target: Tensor, centers: Tensor) -> Tensor:
+        return loss(features[None], target[None], centers)
+
+    cases: list[tuple[Any, tuple[Tensor, Tensor]]] = [
+        (loss, (features.unflatten(0, (3, 4)), target.unflatten(0, (3, 4)))),
+        (grad(of_sample, argnums=(0, 2)), (features, target)),
+    ]
+    for function, inputs in cases:
+        mapped = vmap(function, in_dims=(0, 0, None))
+        fast = torch.compile(mapped, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(fast(*inputs, centers), mapped(*inputs, centers))
 
 
 @pytest.mark.parametrize("shape", [(7, 64), (40, 8), (2, 3)])

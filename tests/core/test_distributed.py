@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from separate_loss import SeparateLoss, SoftmaxSeparateLoss
+from separate_loss import SeparateLoss, SoftmaxSeparateLoss, metrics
 from separate_loss._torch import RELEASE
 from tests.helpers.processes import run_in
 from tests.helpers.releases import COMPILES_UPDATES, needs_sharding_on_cpu
@@ -272,6 +272,41 @@ def test_types_and_sizes_that_differ_are_refused_in_all_processes() -> None:
         assert "1 of 2 compute in torch.float64, the others in torch.float32" in features
 
 
+def sum_statistics(rank: int, size: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    features = torch.randn(BATCH, FEATURE_DIM, generator=generator)
+    target = torch.randint(NUM_CLASSES - 1, (BATCH,), generator=generator)
+    part = slice(0, BATCH // 3) if rank == 0 else slice(BATCH // 3, BATCH)
+    part = part if size > 1 else slice(0, BATCH)
+    own = metrics.ClassStatistics(NUM_CLASSES, FEATURE_DIM).update(features[part], target[part])
+    alone, total = own.class_centers(), own.all_reduce()
+    torch.testing.assert_close(own.class_centers(), alone, rtol=0, atol=0, equal_nan=True)
+    again = own.all_reduce().update(features, target)
+    return {
+        "centers": total.class_centers(),
+        "intra": total.intra_class_similarity(),
+        "counts": again.counts,
+    }
+
+
+def test_statistics_of_many_processes_equal_those_of_one() -> None:
+    (alone,) = results(1, sum_statistics)
+    assert alone["counts"].sum() == 2 * BATCH
+    for found in results(2, sum_statistics):
+        torch.testing.assert_close(found, alone, equal_nan=True)
+
+
+def sum_unlike_statistics(rank: int, _: int) -> str:
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        metrics.ClassStatistics(5 + rank, FEATURE_DIM).all_reduce()
+    return str(error.value)
+
+
+def test_statistics_of_unlike_sizes_are_refused_in_all_processes() -> None:
+    for message in results(2, sum_unlike_statistics):
+        assert "must be equal in all processes, got from [5, 4] to [6, 4]" in message
+
+
 def test_bad_arguments_are_refused() -> None:
     with pytest.raises(TypeError, match=r"process_group must be None or a .* got str"):
         SeparateLoss(3, 4, process_group="all")  # type: ignore[arg-type]
@@ -290,7 +325,7 @@ def test_a_group_without_synchronisation_is_refused(tmp_path: Path) -> None:
 
 # The functions that run in the processes of a group, which are started once for all of them.
 TASKS: dict[int, list[Callable[[int, int], Any]]] = {
-    1: [train_in_all_settings],
+    1: [train_in_all_settings, sum_statistics],
     2: [
         train_in_all_settings,
         learn_in_evaluation,
@@ -300,6 +335,8 @@ TASKS: dict[int, list[Callable[[int, int], Any]]] = {
         compiled_step,
         call_with_dtensor,
         call_with_mismatches,
+        sum_statistics,
+        sum_unlike_statistics,
     ],
     3: [train_in_all_settings, train_on_uneven_parts],
 }

@@ -81,15 +81,24 @@ def test_probabilities_are_not_copied(center_update: Any) -> None:
         criterion(features, target).backward()
 
 
-STEP = """
+RESIDENT = """
 import torch
 from pathlib import Path
-from separate_loss import SeparateLoss
+from separate_loss import SeparateLoss, metrics
 
 def resident(which):
     status = Path("/proc/self/status").read_text()
     return int(status.split(which + ":")[1].split()[0]) * 1024
 
+def growth(run):
+    run(100)  # loads libraries and starts threads
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = resident("VmRSS")
+    run(1)
+    return resident("VmHWM") - before
+"""
+
+STEP = """
 def step(num_classes):
     criterion = SeparateLoss(num_classes, 128, center_init="sphere", center_update=%r)
     features = torch.randn(256, 128, requires_grad=True)
@@ -111,7 +120,10 @@ def test_a_step_with_100_000_classes_needs_less_than_two_copies_of_the_centers(
 ) -> None:
     """A matrix of all pairs of centers would take 40 GB."""
     output = subprocess.run(
-        [sys.executable, "-c", STEP % center_update], capture_output=True, text=True, check=True
+        [sys.executable, "-c", RESIDENT + STEP % center_update],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     # The resident set also grows by other memory that is touched for the first time.
     one_copy = 100_000 * 128 * 4
@@ -120,3 +132,39 @@ def test_a_step_with_100_000_classes_needs_less_than_two_copies_of_the_centers(
     else:
         # The update is in place.
         assert 0 < int(output.stdout) < one_copy * 0.8, output.stdout
+
+
+METRICS = """
+def growths(num_samples, num_classes, feature_dim, dtype, ignoring, as_map):
+    features = torch.randn(num_samples, feature_dim).to(dtype)
+    target = torch.randint(num_classes, (num_samples,))
+    target[0] = -100 if ignoring else 0
+    if as_map:
+        features = features.view(-1, 10, 10, feature_dim).movedim(-1, 1).contiguous()
+        features, target = features.movedim(1, -1), target.view(-1, 10, 10)
+    centers = torch.randn(num_classes, feature_dim)
+    part = lambda share: (features[: len(features) // share], target[: len(target) // share])
+    size = features.numel() * features.element_size()
+    yield "centers", growth(lambda n: metrics.class_centers(*part(n), num_classes)) / size
+    yield "intra", growth(lambda n: metrics.intra_class_similarity(*part(n), centers)) / size
+    yield "nearest", growth(
+        lambda n: metrics.nearest_center(part(n)[0], centers, return_cosines=True)
+    ) / size
+
+for sizes in (400_000, 10, 64), (50_000, 1_000, 512):
+    for dtype, *case in (torch.float32, False, False), (torch.float32, 1, 1), (torch.half, 1, 0):
+        for name, share in growths(*sizes, dtype, *case):
+            print(*sizes, dtype, *case, name, round(share, 3))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux's /proc")
+def test_metrics_need_at_most_one_and_a_half_copies_of_the_features() -> None:
+    """In float64 at once, vectors and their directions would take four."""
+    program = RESIDENT + METRICS
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    shares = {line: float(line.split()[-1]) for line in output.stdout.splitlines()}
+    assert len(shares) == 18
+    assert max(shares.values()) < 1.5, shares

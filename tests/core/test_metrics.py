@@ -117,6 +117,43 @@ def test_class_centers_take_any_type_and_shape_and_have_no_graph() -> None:
     torch.testing.assert_close(centers, flat, equal_nan=True)
 
 
+def test_maps_give_what_their_pixels_give() -> None:
+    """Also where a shape fits (N, d, *) too, as movedim leaves its trace in memory."""
+    for height in (6, 4):
+        features, target = torch.randn(2, 4, height, 4), torch.randint(3, (2, height, 4))
+        moved, pixels = features.movedim(1, -1), features.movedim(1, -1).reshape(-1, 4)
+        centers = metrics.class_centers(moved, target, 3)
+        assert torch.equal(centers, metrics.class_centers(pixels, target.flatten(), 3))
+        for reduced in ("none", "mean"):
+            found = metrics.intra_class_similarity(moved, target, centers, reduction=reduced)
+            expected = metrics.intra_class_similarity(
+                pixels, target.flatten(), centers, reduction=reduced
+            )
+            assert torch.equal(found, expected)
+        index, cosines = metrics.nearest_center(moved, centers, return_cosines=True)
+        assert index.shape == cosines.shape == target.shape
+        assert torch.equal(index.flatten(), metrics.nearest_center(pixels, centers))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_metrics_change_no_argument_and_have_no_graph(dtype: torch.dtype) -> None:
+    features = torch.randn(6, 4, dtype=dtype, requires_grad=True)
+    centers = torch.randn(3, 4, dtype=dtype, requires_grad=True)
+    target = torch.tensor([0, 1, 2, 0, -100, 1])
+    before = features.detach().clone(), centers.detach().clone(), target.clone()
+    found = (
+        metrics.class_centers(features, target, 3),
+        metrics.intra_class_similarity(features, target, centers),
+        metrics.inter_class_similarity(centers),
+        metrics.center_agreement(centers, centers),
+        metrics.ClassStatistics(3, 4).update(features, target).intra_class_similarity(centers),
+        *metrics.nearest_center(features, centers, return_cosines=True),
+    )
+    assert not any(value.requires_grad for value in found)
+    for now, then in zip((features, centers, target), before, strict=True):
+        assert torch.equal(now, then)
+
+
 def test_inter_class_similarity_of_one_class_is_nan() -> None:
     centers = metrics.class_centers(torch.rand(3, 4), torch.zeros(3, dtype=torch.long), 2)
     assert metrics.inter_class_similarity(centers).isnan()
@@ -144,6 +181,23 @@ def test_nearest_center_keeps_dimensions_and_skips_missing_centers() -> None:
     assert torch.equal(metrics.nearest_center(features, centers), expected)
     assert torch.equal(metrics.nearest_center(features.half(), centers), expected)
     assert metrics.nearest_center(features[:0], centers).shape == (0, 2)
+
+
+def test_nearest_center_has_no_class_for_what_has_no_direction() -> None:
+    """-1 never equals a label, so such a sample counts as wrong."""
+    nan, inf = torch.nan, torch.inf
+    features = torch.tensor([[[1.0, 2.0], [nan, 0.0]], [[inf, 1.0], [-inf, inf]]])
+    for centers, expected in (
+        (torch.eye(2), [[1, -1], [-1, -1]]),
+        (torch.zeros(2, 2), [[-1, -1], [-1, -1]]),
+        (torch.full((2, 2), nan), [[-1, -1], [-1, -1]]),
+        (torch.tensor([[inf, 1.0], [0.0, 0.0]]), [[-1, -1], [-1, -1]]),
+        (torch.tensor([[nan, 1.0], [-1.0, 0.0]]), [[1, -1], [-1, -1]]),
+    ):
+        index, cosines = metrics.nearest_center(features, centers, return_cosines=True)
+        assert index.tolist() == expected
+        assert torch.equal(metrics.nearest_center(features, centers), index)
+        assert torch.equal(cosines.isnan(), index == -1)
 
 
 def test_nearest_center_of_several_blocks_of_samples() -> None:

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from separate_loss import SeparateLoss, separate_loss
+from separate_loss import SeparateLoss, SoftmaxSeparateLoss, metrics, separate_loss
 from separate_loss import functional as F
 from tests.helpers.properties import Problem, problems, property_test
 
@@ -160,3 +160,33 @@ def test_tiny_centers_of_one_direction_stay_finite(num_samples: int) -> None:
         features = torch.randn(num_samples, 4, requires_grad=True)
         assert criterion(features, torch.arange(num_samples) % 400).isfinite()
         assert criterion.centers.isfinite().all()
+
+
+def test_steps_that_a_grad_scaler_skips_do_no_harm() -> None:
+    """Their centers have moved, by samples of the weights that stay: one step in ten here."""
+    first, head = nn.Linear(16, 24), nn.Linear(8, 5)
+    body = nn.Sequential(first, nn.Tanh(), nn.Linear(24, 8))
+    model = nn.Sequential(body, head)
+    criterion = SoftmaxSeparateLoss(head)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    prototypes, target, skipped = torch.randn(5, 16), torch.arange(500) % 5, 0
+    samples = prototypes[target] + 0.7 * torch.randn(500, 16)
+    for step in range(120):
+        weights, centers = first.weight.clone(), criterion.separate.centers.clone()
+        rows = torch.randint(500, (32,))
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = criterion(model(samples[rows]), target[rows])
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        if step % 10 == 9:
+            assert first.weight.grad is not None
+            first.weight.grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        skipped += torch.equal(first.weight, weights)
+        assert not torch.equal(criterion.separate.centers, centers)
+    assert skipped == 12
+    means = metrics.class_centers(body(samples), target, 5)
+    agreement = metrics.center_agreement(criterion.separate.centers, means, reduction="none")
+    assert agreement.min() > 0.98

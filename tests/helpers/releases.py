@@ -10,3 +10,6 @@ COMPILES_UPDATES = compiler_moves_buffers()
 needs_sharding_on_cpu = pytest.mark.skipif(
     RELEASE < (2, 7), reason="FSDP2 on the CPU needs torch 2.7"
 )
+needs_compiled_transforms = pytest.mark.skipif(
+    RELEASE < (2, 11), reason="torch.func with batched labels compiles from torch 2.11 on"
+)

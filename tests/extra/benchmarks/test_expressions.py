@@ -176,3 +176,39 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty" / "happy" / "a.png").write_text("no picture")
     with pytest.raises(ValueError, match=r"a.png cannot be read as a picture"):
         Pictures(expressions.folder(tmp_path / "empty")["test"], 8, mirror=False)[0]
+
+
+def test_pictures_without_folders_of_classes_are_told_what_is_needed(tmp_path: Path) -> None:
+    """All pictures of a part in one folder, as RAF-DB names them."""
+    flat = tmp_path / "flat"
+    for side in ("train", "test"):
+        draw(flat / side / f"{side}_00001_aligned.jpg")
+    named = "a folder of pictures per class, named surprise, fear, disgust, happy, sad, anger"
+    for read in (expressions.raf_db, expressions.affectnet, expressions.folder):
+        with pytest.raises(ValueError, match=rf"{named}, neutral.*; it holds \w+_00001_align"):
+            read(flat)
+    with pytest.raises(ValueError, match=r"named .* neutral, or numbered 1 to 7; it holds test_0"):
+        expressions.raf_db(flat)
+    with pytest.raises(ValueError, match=r"looked for EmoLabel/.*, or train/ and test/ with a fo"):
+        expressions.raf_db(flat / "train")
+    with pytest.raises(ValueError, match="numbered 1 to 11"):
+        expressions.raf_db(flat, COMPOUND)
+
+
+def test_a_folder_with_the_file_of_fer_2013_is_told_to_give_the_file(tmp_path: Path) -> None:
+    home = tmp_path / "archive"
+    home.mkdir()
+    with pytest.raises(ValueError, match=r"archive is not FER-2013: .* it holds nothing"):
+        expressions.fer_2013(home)
+    path = fer_csv(home / "fer2013.csv")
+    with pytest.raises(ValueError, match=rf"is a folder: give the file of FER-2013, {path}$"):
+        expressions.fer_2013(home)
+    with pytest.raises(ValueError, match=r"archive is not FER-2013: expected fer2013\.csv"):
+        faces.load(home)
+    draw(tmp_path / "flat" / "a.png")
+    with pytest.raises(
+        ValueError, match=r"not FER-2013: looked for a folder of pictures per class"
+    ):
+        expressions.fer_2013(tmp_path / "flat")
+    draw(home / "train" / "happy" / "a.png")
+    assert expressions.fer_2013(home)["train"].counts(BASIC) == {"happy": 1}
