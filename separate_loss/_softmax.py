@@ -1,8 +1,7 @@
 """Softmax loss plus separate loss, for a model that returns only logits."""
 
 import warnings
-import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +20,43 @@ from separate_loss._checks import (
     check_logits,
     check_nonnegative,
     check_vectors,
+    dim_of,
+    dims_of,
 )
-from separate_loss._layout import dim_of
+from separate_loss._features import (
+    CONVOLUTIONS,
+    ForwardPass,
+    Head,
+    find,
+    heads_of,
+    join,
+    leave,
+    watch,
+)
 from separate_loss._modules import SeparateLoss
-from separate_loss._recorder import ForwardPass, Recorder
-from separate_loss._torch import version_of
+from separate_loss._torch import compiler_moves_buffers, not_compiled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["SoftmaxSeparateLoss", "SoftmaxSeparateTerms"]
 
-CONVOLUTIONS = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
+
+class SeparateOptions(TypedDict, total=False):
+    """The keyword arguments of `SeparateLoss`."""
+
+    center_update: CenterUpdate
+    center_lr: float | None
+    center_init: CenterInit | Tensor | None
+    weight: Tensor | None
+    ignore_index: int
+    reduction: Reduction
+    scale_free: bool
+    separation: Separation
+    process_group: "ProcessGroup | None"
+    sync_centers: bool
+    device: torch.device | str | int | None
+    dtype: torch.dtype | None
 
 
 class SoftmaxSeparateTerms(NamedTuple):
@@ -62,23 +83,28 @@ class SoftmaxSeparateLoss(nn.Module):
 
     $$ L = L_s + \lambda L_{sep} \tag{9} $$
 
-    The loss records the input of `head`, and finds the features from which the logits were
-    computed. The model, its `state_dict`, its copies and its pickles do not change.
+    The loss watches `head`: a hook notes the head's input, from which the logits were computed, and
+    the loss finds it again from the logits. Pass what the model returned, or a view, cast, scaling
+    or shift of it; for everything else pass `features` too. The model, its `state_dict` and what
+    `torch.export` makes of it do not change.
 
     Args:
         head: the module that computes logits from features, for example the model's last
             `torch.nn.Linear` (`(*, d)` to `(*, C)`) or convolution (`(N, d, *)` to `(N, C, *)`).
-            Its first argument is recorded.
+            Its first argument is noted.
+        separate: a loss to use instead of a new `SeparateLoss`. Any module will do that takes
+            features `(N, d)` and `target`, returns a scalar, and moves centers in training mode
+            alone: it is in training mode exactly when they may move. If it has `last_terms`, they
+            are read; if it has `weight`, `ignore_index`, `reduction` or `label_smoothing`, the
+            softmax loss takes them.
         separate_weight: lambda, finite and not negative.
         num_classes: C; None reads it from the last linear or convolutional layer in `head`.
         feature_dim: d; None reads it from the first such layer.
         class_dim: the dimension of C in the head's output and of d in its input: 1 or -1. None
             takes 1 for heads whose last such layer is a convolution, and -1 for others.
         label_smoothing: as in `torch.nn.functional.cross_entropy`, in both terms; in [0, 1].
-        center_update, center_lr, center_init, dtype: as in `SeparateLoss`.
-        weight, ignore_index, reduction: as in `SeparateLoss`, in both terms.
-        scale_free, separation, process_group, sync_centers: as in `SeparateLoss`.
-        device: of the centers; None takes the head's.
+        options: of the new `SeparateLoss`, by keyword. `weight`, `ignore_index` and `reduction`
+            apply to both terms; `device` is the head's by default.
 
     Shape:
         logits `(N, C, *)` and target `(N, *)` or `(N, C, *)`, as in
@@ -88,7 +114,7 @@ class SoftmaxSeparateLoss(nn.Module):
     Attributes:
         separate: the `SeparateLoss`, with its `centers`.
         last_terms: softmax loss (its mean for ``reduction="none"``), intra- and inter-class loss of
-            the last call, for logging; None before the first.
+            the last call, for logging; None before the first, and if `separate` has none.
 
     Raises:
         TypeError, ValueError: an argument is of a wrong type or out of its range, or `head`
@@ -111,224 +137,226 @@ class SoftmaxSeparateLoss(nn.Module):
         self,
         head: nn.Module,
         *,
+        separate: nn.Module | None = None,
         separate_weight: float = 0.9,
         num_classes: int | None = None,
         feature_dim: int | None = None,
         class_dim: ClassDim | None = None,
         label_smoothing: float = 0.0,
-        center_update: CenterUpdate = "paper",
-        center_lr: float | None = None,
-        center_init: CenterInit | Tensor | None = None,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: Reduction = "mean",
-        scale_free: bool = False,
-        separation: Separation = "mean",
-        process_group: "ProcessGroup | None" = None,
-        sync_centers: bool = True,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[SeparateOptions],
     ) -> None:
         super().__init__()
-        if not isinstance(head, nn.Module):
-            raise TypeError(f"head must be a torch.nn.Module, got {type(head).__name__}")
+        _check_module("head", head)
         check_nonnegative("separate_weight", separate_weight)
         check_nonnegative("label_smoothing", label_smoothing)
         if label_smoothing > 1:
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+        self._class_dim_given = class_dim is not None
         if class_dim is None:
-            class_dim = _class_dim_of(head)
+            class_dim = 1 if isinstance((None, *_layers(head))[-1], CONVOLUTIONS) else -1
         check_choice("class_dim", class_dim, CLASS_DIMS)
-        if device is None:
-            device = next((parameter.device for parameter in head.parameters()), None)
+        if separate is not None:
+            _check_module("separate", separate)
+            given = [*options, *["label_smoothing"] * (label_smoothing != 0)]
+            if given:
+                raise TypeError(
+                    f"separate is a ready loss, so {', '.join(given)} must be given to it instead"
+                )
         self.separate_weight = separate_weight
         self.label_smoothing = label_smoothing
         self.class_dim = class_dim
+        self.num_classes = _size_of("num_classes", num_classes, head, separate)
+        self.feature_dim = _size_of("feature_dim", feature_dim, head, separate)
         self.last_terms: SoftmaxSeparateTerms | None = None
-        self.separate = SeparateLoss(
-            _size_of("num_classes", num_classes, head),
-            _size_of("feature_dim", feature_dim, head),
-            center_update=center_update,
-            center_lr=center_lr,
-            center_init=center_init,
-            weight=weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            scale_free=scale_free,
-            separation=separation,
-            process_group=process_group,
-            sync_centers=sync_centers,
-            device=device,
-            dtype=dtype,
-        )
+        if separate is None:
+            if options.get("device") is None:
+                options["device"] = next((one.device for one in head.parameters()), None)
+            separate = SeparateLoss(self.num_classes, self.feature_dim, **options)
+        self.separate = separate
         self._warned: set[str] = set()
-        self._recorder: Recorder | None = None
-        self._end: weakref.finalize[Any, Any] | None = None
+        self._heads: list[Head] = []
         self.watch(head)
 
     def watch(self, head: nn.Module) -> None:
-        """Records `head` instead of the present head.
+        """Accepts logits of `head` too, from its next forward pass on."""
+        _check_module("head", head)
+        watched = watch(head, self)
+        if watched not in self._heads:
+            self._heads.append(watched)
 
-        A loss that was copied or unpickled without its head needs this call once.
+    def unwatch(self, head: nn.Module | None = None) -> None:
+        """Accepts logits of `head`, or of any head, no more; calls then need `features`.
+
+        Removes the hook, if no other loss needs it: `torch.jit.script` refuses hooks, and a pickle
+        of the whole model would need this package.
         """
-        if not isinstance(head, nn.Module):
-            raise TypeError(f"head must be a torch.nn.Module, got {type(head).__name__}")
-        self.unwatch()
-        self._recorder = Recorder()
-        self._recorder.attach(head)
-        self._detach_with_self()
-
-    def unwatch(self) -> None:
-        """Stops recording the head; calls need `features` until `watch` is called."""
-        if self._end is not None:
-            self._end()
-        self._recorder = self._end = None
+        left = self._heads if head is None else heads_of(head)
+        for watched in left:
+            leave(watched, id(self), head)
+        self._heads = [watched for watched in self._heads if watched not in left]
 
     def forward(self, logits: Tensor, target: Tensor, *, features: Tensor | None = None) -> Tensor:
         """Returns the loss of logits of the watched head; then, in training, updates the centers.
 
         Args:
-            logits: the output of one forward pass of the head, possibly reshaped, cast, scaled or
-                shifted, with the samples in the same order. Several passes may run before the
-                calls. Several calls may use one pass until its graph is freed; the first of them
-                updates the centers.
+            logits: what the model returned for one forward pass of the head, or a view, cast,
+                scaling or shift of it, with the samples in the same order. Several passes may run
+                before the calls. Several calls may use one pass until its graph is freed; the first
+                of them updates the centers.
             target: class indices or class probabilities.
             features: the features of each sample, `(N, d, *)` or `(*, d)` as the head takes them.
-                None takes those that were recorded with the logits.
+                None takes those that were noted for the logits.
 
         Returns:
             The loss under `reduction`.
         """
+        if torch.compiler.is_compiling() and not compiler_moves_buffers():
+            return runs_uncompiled_before_torch_2_8(self._joint_loss, logits, target, features)
+        return self._joint_loss(logits, target, features)
+
+    def _joint_loss(self, logits: Tensor, target: Tensor, features: Tensor | None) -> Tensor:
         check_vectors("logits", logits)
+        separate, noted, changed_by, recorded = self.separate, None, None, True
         if features is None:
-            features, class_dim, forward_pass = self._features_of(logits)
-            moving, recorded = (
-                forward_pass.training and not forward_pass.moved,
-                forward_pass.recorded,
-            )
+            noted, class_dim, changed_by = find(logits, self.class_dim, self._heads)
+            features, sizes = noted.features, (self.feature_dim, self.num_classes)
+            check_vectors("the head's input", features)
+            known = noted.head.class_dim == self.class_dim
+            check_head_input(features.shape, noted.sizes, sizes, self.class_dim, known=known)
+            feature_dim = dim_of(self.class_dim, features.shape)
+            moving = noted.training and id(self) not in noted.moved
+            # Logits that were detached from their graph are for logging.
+            recorded = noted.recorded and not (noted.requires_grad and logits.is_leaf)
         else:
             check_vectors("features", features)
-            forward_pass, class_dim = None, self._class_dim_by_shape(logits, target)
-            moving, recorded = self._head_trains(), True
-        logits, target, features = self._class_last(logits, target, features, class_dim)
-        separate = self.separate
-        softmax = _softmax_loss(logits, target, separate, self.label_smoothing)
-        # Last, so that invalid input does not change the centers.
+            class_dim = self._class_dim_of(logits, target)
+            feature_dim = self._feature_dim_of(features, logits)
+            modules = [watched.module and watched.module() for watched in self._heads]
+            moving = all(module.training for module in modules if module is not None)
+        check_logits(logits, target, class_dim, self.num_classes)
+        rows = logits.movedim(class_dim, -1)
+        if target.is_floating_point() and target.ndim == logits.ndim:
+            target = target.movedim(class_dim, -1)
+        check_batch(rows, target, self.num_classes, name="logits")
+        features = features.movedim(feature_dim, -1).reshape(-1, self.feature_dim)
+        target = target.reshape(-1, *[self.num_classes] * target.is_floating_point())
+        smoothing = getattr(separate, "label_smoothing", self.label_smoothing)
+        softmax = _softmax_loss(rows.reshape(-1, self.num_classes), target, separate, smoothing)
+        if not hasattr(separate, "label_smoothing"):
+            target = _smooth(target, separate, smoothing)
+        # Last, so that invalid input does not move the centers.
         with torch.set_grad_enabled(torch.is_grad_enabled() and recorded):
-            self._warn(logits, features, forward_pass is not None and not forward_pass.training)
-            loss = separate._step(
-                features, _smooth(target, separate, self.label_smoothing), may_update=moving
-            )
-            if forward_pass is not None and torch.is_grad_enabled() and separate.training:
-                forward_pass.moved = True
-        if separate.last_terms is not None:
-            self.last_terms = SoftmaxSeparateTerms(softmax.detach().mean(), *separate.last_terms)
-        return softmax.reshape(loss.shape) + self.separate_weight * loss
+            self._warn(logits, features, noted, changed_by)
+            moving = moving and separate.training and torch.is_grad_enabled()
+            loss = _call(separate, moving, features, target)
+        if noted is not None and moving:
+            noted.moved.add(id(self))
+        terms = getattr(separate, "last_terms", None)
+        if terms is not None:
+            terms = SoftmaxSeparateTerms(softmax.detach().mean(), *terms)
+        self.last_terms = terms
+        loss = softmax + self.separate_weight * loss
+        return loss.reshape(rows.shape[:-1]) if loss.ndim else loss
 
-    def _features_of(self, logits: Tensor) -> tuple[Tensor, int, ForwardPass]:
-        """Features, the class dimension of the logits, and the recorded pass."""
-        recorder = self._recorder
-        if recorder is None:
-            raise RuntimeError("no head is watched; call watch(head) first")
-        forward_pass = recorder.take_compiled(logits) if torch.compiler.is_compiling() else None
-        if forward_pass is None:
-            forward_pass, class_dim = recorder.find(logits, self.class_dim)
-        else:
-            class_dim = dim_of(self.class_dim, logits.shape)
-        features: Tensor = forward_pass.features
-        check_vectors("the head's input", features)
-        if not forward_pass.recorded and torch.is_grad_enabled() and logits.requires_grad:
-            raise RuntimeError(
-                "the watched head ran without recording gradients, so its features would get no "
-                "gradient; run the model with gradients on, and use_reentrant=False in "
-                "torch.utils.checkpoint"
-            )
-        if forward_pass.version is not None and version_of(features) != forward_pass.version:
-            raise RuntimeError(
-                "the head's input was changed in place after the head had read it; use "
-                "operators that are not in place, such as torch.nn.ReLU(inplace=False)"
-            )
-        check_head_input(features, forward_pass.sizes, self.class_dim, self.separate.feature_dim)
-        return features, class_dim, forward_pass
-
-    def _class_dim_by_shape(self, logits: Tensor, target: Tensor) -> int:
-        """The class dimension that fits the target; that of the head if both fit."""
-        for class_dim in (self.class_dim, -self.class_dim):
-            dim = dim_of(class_dim, logits.shape)
+    def _class_dim_of(self, logits: Tensor, target: Tensor) -> int:
+        """The class dimension of logits that fits the target."""
+        fitting = []
+        for dim in dims_of(logits.shape):
             samples = (*logits.shape[:dim], *logits.shape[dim + 1 :])
             fits = target.shape == (logits.shape if target.is_floating_point() else samples)
-            if fits and logits.shape[dim] == self.separate.num_classes:
-                return dim
-        return dim_of(self.class_dim, logits.shape)
+            fitting += [dim] * (fits and logits.shape[dim] == self.num_classes)
+        return self._one_of(fitting, "logits", logits.shape)
 
-    def _class_last(
-        self, logits: Tensor, target: Tensor, features: Tensor, class_dim: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Validated arguments, with classes and features in the last dimension."""
-        separate = self.separate
-        check_logits(logits, target, class_dim, separate.num_classes)
-        logits = logits.movedim(class_dim, -1)
-        if target.is_floating_point():
-            target = target.movedim(class_dim, -1)
-        check_batch(logits, target, separate.num_classes, name="logits")
-        samples = logits.shape[:-1]
-        for feature_dim in (self.class_dim, -self.class_dim):
-            last = features.movedim(dim_of(feature_dim, features.shape), -1)
-            if (
-                last.shape[-1] == separate.feature_dim
-                and last.shape[:-1].numel() == samples.numel()
-            ):
-                return logits, target, last.reshape(*samples, separate.feature_dim)
-        raise ValueError(
-            f"features must hold {separate.feature_dim} values for each of the samples of logits "
-            f"of shape {tuple(logits.shape)}, got shape {tuple(features.shape)}"
-        )
+    def _feature_dim_of(self, features: Tensor, logits: Tensor) -> int:
+        """The dimension of given features that leaves the samples of the logits."""
+        num_values = logits.numel() // self.num_classes * self.feature_dim
+        dims = dims_of(features.shape) if features.numel() == num_values else []
+        fitting = [dim for dim in dims if features.shape[dim] == self.feature_dim]
+        if not fitting:
+            raise ValueError(
+                f"features must hold {self.feature_dim} values for each of the samples of logits "
+                f"of shape {tuple(logits.shape)}, got shape {tuple(features.shape)}"
+            )
+        return self._one_of(fitting, "features", features.shape)
 
-    def _head_trains(self) -> bool:
-        head = None if self._recorder is None else self._recorder.module
-        module = None if head is None else head()
-        return module is None or module.training
+    def _one_of(self, fitting: list[int], name: str, sizes: torch.Size) -> int:
+        if len(fitting) > 1 and not self._class_dim_given:
+            raise ValueError(
+                f"{name} of shape {tuple(sizes)} fit with the classes in dimension 1 and in the "
+                "last; pass class_dim to SoftmaxSeparateLoss, or give features in rows (N, d)"
+            )
+        dim = dim_of(self.class_dim, sizes)
+        return fitting[0] if fitting and dim not in fitting else dim
 
-    def _warn(self, logits: Tensor, features: Tensor, head_in_evaluation: bool) -> None:
+    def _warn(
+        self, logits: Tensor, features: Tensor, noted: ForwardPass | None, changed_by: str | None
+    ) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        separate = self.separate
-        if head_in_evaluation and separate.training and separate.center_update == "paper":
-            self._warn_once(
+        separate, texts = self.separate, []
+        moves = getattr(separate, "center_update", "none") not in ("gradient", "none")
+        if noted is not None and not noted.training and separate.training and moves:
+            texts.append(
                 "the head ran in evaluation mode with gradients on, so the centers do not move; "
                 "to validate, use torch.no_grad() and criterion.eval(); to train a model in "
                 "evaluation mode, call head.train(), which has no effect on a linear layer"
             )
         if logits.requires_grad and not features.requires_grad:
-            self._warn_once(
+            texts.append(
                 "the features require no gradient, so the separate loss only updates centers: "
                 "ignore this if all layers before the head are frozen; if the head is the whole "
                 "model, pass its last layer as head"
             )
-
-    def _warn_once(self, text: str) -> None:
-        if text not in self._warned:
-            self._warned.add(text)
-            warnings.warn(text, stacklevel=6)
-
-    def _detach_with_self(self) -> None:
-        # Remove the hooks when the loss is deleted; the head may live on.
-        if self._recorder is not None:
-            self._end = weakref.finalize(self, self._recorder.detach)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_end": None}  # type: ignore[no-untyped-call]
+        if changed_by is not None and noted is not None and separate.training:
+            module = type(noted.head.module and noted.head.module()).__name__
+            texts.append(
+                f"operator {changed_by!r} changed the output of the watched {module}: without a "
+                "graph, as in validation under torch.no_grad(), such logits are refused; watch the "
+                f"module that returns them, such as torch.nn.Sequential({module}(...), ...), or "
+                "pass features there"
+            )
+        for text in texts:
+            if text not in self._warned:
+                self._warned.add(text)
+                warnings.warn(text, stacklevel=6)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._detach_with_self()
+        for watched in self._heads:
+            join(watched, self)
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
         return (
             f"separate_weight={self.separate_weight}, label_smoothing={self.label_smoothing}, "
-            f"class_dim={self.class_dim}, watching={self._recorder is not None}"
+            f"class_dim={self.class_dim}, watching={bool(self._heads)}"
         )
+
+
+@not_compiled
+def runs_uncompiled_before_torch_2_8(function: Any, *arguments: Any) -> Any:
+    # The mark alone would leave what the function calls to the compiler.
+    return torch.compiler.disable(function)(*arguments)
+
+
+def _call(separate: nn.Module, moving: bool, features: Tensor, target: Tensor) -> Tensor:
+    """Calls a loss, in training mode only if its centers may move."""
+    modes = []
+    if separate.training and not moving:
+        modes = [(module, module.training) for module in separate.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        loss: Tensor = separate(features, target)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return loss
+
+
+def _check_module(name: str, value: object) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
 
 
 def _layers(head: nn.Module) -> list[nn.Module]:
@@ -337,28 +365,21 @@ def _layers(head: nn.Module) -> list[nn.Module]:
 
 
 def _size(layer: nn.Module, side: str) -> int | None:
-    for name in (f"{side}_features", f"{side}_channels"):
-        size = getattr(layer, name, None)
-        if isinstance(size, int) and size > 0:
-            return size
-    return None
+    sizes = (getattr(layer, f"{side}_{kind}", None) for kind in ("features", "channels"))
+    return next((size for size in sizes if isinstance(size, int) and size > 0), None)
 
 
-def _class_dim_of(head: nn.Module) -> ClassDim:
-    layers = _layers(head)
-    return 1 if layers and isinstance(layers[-1], CONVOLUTIONS) else -1
-
-
-def _size_of(name: str, given: int | None, head: nn.Module) -> int:
-    """The argument, else the size of the head's layers."""
-    layers = _layers(head)
+def _size_of(name: str, given: int | None, head: nn.Module, separate: nn.Module | None) -> int:
+    """The argument, else the size of a ready loss, else that of the head's layers."""
+    layers, ready = _layers(head), getattr(separate, name, None)
     found = None
     if layers:
         found = _size(layers[-1], "out") if name == "num_classes" else _size(layers[0], "in")
-    # With several layers, the argument may name another one.
-    if given is not None and found not in (None, given) and len(layers) == 1:
-        raise ValueError(f"{name} must be {found}, as in the head, or None, got {given}")
-    size = found if given is None else given
+    for source, size in ((name, given), (f"separate.{name}", ready)):
+        # With several layers, the argument may name another one.
+        if size is not None and found not in (None, size) and len(layers) == 1:
+            raise ValueError(f"{source} must be {found}, as in the head, or None, got {size}")
+    size = next((size for size in (given, ready, found) if size is not None), None)
     if size is None:
         raise ValueError(
             f"{name} must be given: head {type(head).__name__} has no layer that defines it; "
@@ -368,24 +389,23 @@ def _size_of(name: str, given: int | None, head: nn.Module) -> int:
 
 
 def _softmax_loss(
-    logits: Tensor, target: Tensor, separate: SeparateLoss, label_smoothing: float
+    logits: Tensor, target: Tensor, separate: nn.Module, label_smoothing: float
 ) -> Tensor:
-    """Softmax loss of logits `(*, C)`, in float32 or wider."""
-    logits = logits.reshape(-1, separate.num_classes)
+    """Softmax loss of logits `(N, C)`, in float32 or wider."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    weight = separate.weight
+    weight = getattr(separate, "weight", None)
     options: dict[str, Any] = {
         "weight": None if weight is None else weight.to(logits.dtype),
-        "reduction": separate.reduction,
+        "reduction": getattr(separate, "reduction", "mean"),
         "label_smoothing": label_smoothing,
     }
     if target.is_floating_point():
-        target = target.reshape(logits.shape).to(logits.dtype)
+        target = target.to(logits.dtype)
     else:
-        target = target.reshape(-1).long()
+        target = target.long()
+        options["ignore_index"] = getattr(separate, "ignore_index", -100)
         # Raises a clearer error for labels out of range than cross_entropy.
-        mask_ignored(target, separate.num_classes, separate.ignore_index)
-        options["ignore_index"] = separate.ignore_index
+        mask_ignored(target, logits.shape[-1], options["ignore_index"])
     return nn.functional.cross_entropy(logits, target, **options)
 
 
