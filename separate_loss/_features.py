@@ -17,19 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from separate_loss import _torch
 from separate_loss._checks import dim_of, dims_of
-from separate_loss._torch import (
-    backward_keeps_graph,
-    hooks_of,
-    is_exporting,
-    is_replica,
-    memory_of,
-    not_compiled,
-    notes_of,
-    show_hooks,
-    sizes_of,
-    version_of,
-)
 
 NAME = "_separate_loss"
 # Without a graph: how many outputs that exist have their features kept, and how many outputs are
@@ -40,8 +29,8 @@ CONVOLUTIONS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
-# Files of torch.nn.modules whose layers keep samples and features in their places.
-IN_PLACE = ("activation", "batchnorm", "dropout", "instancenorm", "normalization")
+# Files of torch.nn.modules whose layers leave samples and features where they are.
+PLAIN = ("activation", "batchnorm", "dropout", "instancenorm", "normalization")
 # Operators that keep samples in order, by the names of their autograd nodes: Add for AddBackward0.
 # fmt: off
 VALUES = {
@@ -58,20 +47,22 @@ SELECTING = {"Index", "IndexSelect", "MaskedSelect", "Select", "Slice", "Split",
 # Of DistributedDataParallel and backward hooks: each output is the input of the same number.
 PASSING = {"_DDPSinkBackward", "BackwardHookFunctionBackward"}
 
+Step = tuple[Any, int]  # a node of the graph, and the number of its output
+
 
 class Head:
     """What the hooks and the losses of a module share; what is copied together shares another."""
 
-    def __init__(self, class_dim: int | None = None) -> None:
-        self.class_dim = class_dim  # where the module's type shows it
+    def __init__(self, class_dim: int | None) -> None:
+        self.class_dim = class_dim  # if the module's type shows it
         self.losses: set[int] = set()  # by their ids
         self.active = False  # whether a loss watches
         self.module: weakref.ref[nn.Module] | None = None  # unknown in a copy until it runs
-        self.seen = self.parallel = False  # whether a pass was noted, and one of DataParallel
+        self.seen = False  # whether a pass was noted
         self.inputs: dict[int, tuple[Tensor, Any]] = {}  # of the passes that run, by thread
         self.recent: deque[weakref.ref[ForwardPass]] = deque()  # without a graph
         self.latest: deque[ForwardPass | None] = deque(maxlen=MAX_VALUES)  # None: with a graph
-        # The latest compiled outputs until a loss is called. Writing makes no guards.
+        # The latest compiled outputs, until a loss is called.
         self.compiled: tuple[Tensor, ForwardPass] | None = None
         self.compiled_before: tuple[Tensor, ForwardPass] | None = None
 
@@ -82,28 +73,24 @@ class Head:
 class ForwardPass:
     """A forward pass of a watched module."""
 
-    def __init__(
-        self, head: Head, features: Any, version: int | None, output: Tensor, training: bool
-    ) -> None:
+    def __init__(self, head: Head, features: Any, version: int | None, output: Tensor) -> None:
         self.head = head
         self.features = features
         self.version = version  # of the features; -1 if they may have changed
-        self.training = training  # the module's mode
+        self.training = False  # the module's mode
         self.recorded = torch.is_grad_enabled()
         self.moved: set[int] = set()  # losses whose centers this pass has moved
-        self.requires_grad = output.requires_grad
-        self.sizes = output.shape
-        self.layout: tuple[Any, ...] = ()  # of the output
+        self.sizes, self.requires_grad = output.shape, output.requires_grad
         self.output: weakref.ref[Tensor] | None = None
         self.output_version: int | None = None
-        self.values: Tensor | None = None  # of an output whose changes no version or graph shows
+        self.values: Tensor | None = None  # of an output whose changes no version shows
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, ()  # Saved logits hold no features.
+        return type(None), ()  # Saved logits hold no features.
 
 
 class Refused(Exception):  # noqa: N818
-    """The reason why logits are refused, and the autograd node that caused it."""
+    """Why logits are refused, and the node of the operator that caused it."""
 
 
 def watch(module: nn.Module, loss: nn.Module) -> Head:
@@ -114,7 +101,7 @@ def watch(module: nn.Module, loss: nn.Module) -> Head:
         if not _is_layer(module):
             module.register_forward_pre_hook(partial(keep, head), with_kwargs=True)
         module.register_forward_hook(partial(record, head), with_kwargs=True)
-        show_hooks(module, True)
+        _torch.show_hooks(module, True)
     head.module = weakref.ref(module)
     join(head, loss)
     return head
@@ -132,18 +119,19 @@ def leave(head: Head, loss: int, module: nn.Module | None = None) -> None:
     head.losses.discard(loss)
     if head.losses:
         return
-    module = module or (head.module and head.module())
-    for hooks in hooks_of(module) if module else ():
-        for key in [key for key, hook in hooks.items() if _head_of(hook) is head]:
-            del hooks[key]
-    if module:
-        show_hooks(module, False)
+    if module is None and head.module is not None:
+        module = head.module()
+    if module is not None:
+        for hooks in _torch.hooks_of(module):
+            for key in [key for key, hook in hooks.items() if _head_of(hook) is head]:
+                del hooks[key]
+        _torch.show_hooks(module, False)
     vars(head).update(vars(Head(head.class_dim)))
 
 
 def heads_of(module: nn.Module) -> list[Head]:
-    """The heads that hooks of a module name; in a copied module, no loss may know them."""
-    found = [_head_of(hook) for hooks in hooks_of(module) for hook in hooks.values()]
+    """The heads in the hooks of a module; of those in a copied module no loss may know."""
+    found = [_head_of(hook) for hooks in _torch.hooks_of(module) for hook in hooks.values()]
     return [head for head in dict.fromkeys(found) if head is not None]
 
 
@@ -158,13 +146,14 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _class_dim_of(module: nn.Module) -> int | None:
-    """The class dimension of layers and of plain sequences that end in one; else None."""
+    """The class dimension of layers, and of sequences of them and plain modules; else None."""
     if _is_layer(module):
         return 1 if isinstance(module, CONVOLUTIONS) else -1
     dims = set()
     for layer in module if type(module) is nn.Sequential else ():
         package, _, file = type(layer).__module__.rpartition(".")
-        if not (type(layer) is nn.Identity or (package == "torch.nn.modules" and file in IN_PLACE)):
+        plain = package == "torch.nn.modules" and file in PLAIN
+        if not plain and type(layer) is not nn.Identity:
             dims.add(_class_dim_of(layer))
     return dims.pop() if len(dims) == 1 else None
 
@@ -172,8 +161,8 @@ def _class_dim_of(module: nn.Module) -> int | None:
 def keep(head: Head, module: nn.Module, inputs: tuple[Any, ...], *named: dict[str, Any]) -> None:
     """The hook before a module that may change its input in place: keeps its version or a copy."""
     given = _first(inputs, *named)
-    if head.active and isinstance(given, Tensor) and not is_exporting():
-        kept: Any = None if torch.compiler.is_compiling() else version_of(given)
+    if head.active and isinstance(given, Tensor) and not _torch.is_exporting():
+        kept: Any = _version_of(given)
         if kept is None or any(getattr(layer, "inplace", False) for layer in module.modules()):
             kept = given.clone()
         head.inputs[_thread()] = given, kept
@@ -181,21 +170,20 @@ def keep(head: Head, module: nn.Module, inputs: tuple[Any, ...], *named: dict[st
 
 def record(head: Head, module: nn.Module, inputs: tuple[Any, ...], *others: Any) -> None:
     """The hook after a module; quantization calls it without keyword arguments."""
-    if not head.active or is_exporting():
+    if not head.active or _torch.is_exporting():
         return
-    given, compiling = _first(inputs, *others[:-1]), torch.compiler.is_compiling()
+    given = _first(inputs, *others[:-1])
     features, version = _as_given(head, module, given)
-    if not compiling:
-        head.module, head.parallel = weakref.ref(module), head.parallel or is_replica(module)
     for output in _tensors(others[-1]):
         if output is given or not output.is_floating_point():
             continue
-        noted = ForwardPass(head, features, version, output, module.training)
-        if not compiling:
-            noted.output_version = version_of(output)
+        noted = ForwardPass(head, features, version, output)
+        noted.training = module.training
+        if not torch.compiler.is_compiling():
+            head.module, noted.output_version = weakref.ref(module), _version_of(output)
             _note(noted, output)
             continue
-        if output.is_cpu or not noted.recorded:  # Compiled code hides versions.
+        if output.is_cpu or not noted.recorded:  # Elsewhere the comparison would wait.
             noted.values = output.detach().clone()
         setattr(output, NAME, noted)
         head.compiled_before = head.compiled
@@ -204,15 +192,29 @@ def record(head: Head, module: nn.Module, inputs: tuple[Any, ...], *others: Any)
 
 def _as_given(head: Head, module: nn.Module, given: Any) -> tuple[Any, int | None]:
     """The features as they were before the module ran, and their version."""
-    compiling = torch.compiler.is_compiling()
-    version = None if compiling else version_of(given)
+    version, known = _version_of(given), True
     if not _is_layer(module):
         before, kept = head.inputs.pop(_thread(), (None, None))
-        if before is not given and (compiling or memory_of(before) is not memory_of(given)):
-            # Another hook exchanged the input. If that has version 0, it did not change.
-            return given, -1 if version is None else 0
-        return (kept, version_of(kept)) if isinstance(kept, Tensor) else (given, kept)
+        if isinstance(kept, Tensor) and _same_memory(before, given):
+            return kept, _version_of(kept)
+        # Another hook may have exchanged the input: it did not change if it has version 0.
+        known = version is not None
+        version = kept if _same_memory(before, given) else 0
+    if not known:
+        return given, -1
     return (given.clone() if version is None and isinstance(given, Tensor) else given), version
+
+
+def _version_of(value: Any) -> int | None:
+    """The number of changes in place; None in compiled code and in inference mode."""
+    return None if torch.compiler.is_compiling() else _torch.version_of(value)
+
+
+def _same_memory(one: Any, other: Any) -> bool:
+    if one is other or torch.compiler.is_compiling():
+        return one is other
+    memory = _torch.memory_of(one)
+    return memory is not None and memory is _torch.memory_of(other)
 
 
 def _thread() -> int:
@@ -238,34 +240,30 @@ def _tensors(output: Any) -> list[Tensor]:
 
 def _note(noted: ForwardPass, output: Tensor) -> None:
     """Notes a pass where logits that come from its output lead to it."""
-    head, node, memory, reference = (
-        noted.head,
-        output.grad_fn,
-        memory_of(output),
-        weakref.ref(noted),
-    )
-    head.seen, noted.output, noted.layout = True, weakref.ref(output), _layout(output)
-
-    def after_backward(*_: object) -> None:
-        noted = reference()
-        if noted is not None and not backward_keeps_graph():
-            noted.features = None
-
+    head, node, reference = noted.head, output.grad_fn, weakref.ref(noted)
+    head.seen, noted.output, memory = True, weakref.ref(output), _torch.memory_of(output)
     if node is not None:
-        notes_of(node)[NAME, output.output_nr] = noted
+
+        def after_backward(*_: object) -> None:
+            noted = reference()
+            if noted is not None and not _torch.backward_keeps_graph():
+                noted.features = None
+
+        _torch.notes_of(node)[NAME, output.output_nr] = noted
         node.register_hook(after_backward)
         head.latest.append(None)
-    if memory is not None:
-        # A node owns its pass; memory does without a graph, unless it is that of the features.
-        owned = node is None and memory is not memory_of(noted.features)
-        memory[NAME, output.storage_offset()] = (lambda: noted) if owned else reference
-    if node is None and memory is not None:
-        # Copied once more, as the next CUDA graph takes the memory of compiled values.
+    elif memory is not None:
+        # Copied again: the next CUDA graph takes the memory of compiled values.
         noted.values = (output.detach() if noted.values is None else noted.values).clone()
         head.latest.append(noted)
         head.recent.append(reference)
         if len(head.recent) > MAX_FEATURES and (oldest := head.recent.popleft()()):
             oldest.features = None
+    if memory is not None:
+        # Without a graph the memory owns the pass, but not one whose features it holds.
+        owned = node is None and not _same_memory(noted.features, output)
+        way = (lambda: noted) if owned else reference
+        memory[NAME, output.storage_offset()] = way, _layout(output)
 
 
 def find(logits: Tensor, class_dim: int, heads: list[Head]) -> tuple[ForwardPass, int, str | None]:
@@ -280,34 +278,38 @@ def find(logits: Tensor, class_dim: int, heads: list[Head]) -> tuple[ForwardPass
             noted.head.compiled = noted.head.compiled_before = None
             _check_features(noted)
             return noted, dim_of(class_dim, logits.shape), None
+        found: tuple[ForwardPass, int, str | None]
+        found = _torch.run_uncompiled(_find, logits, class_dim, heads)
+        return found
     return _find(logits, class_dim, heads)
 
 
-@not_compiled
 def _find(logits: Tensor, class_dim: int, heads: list[Head]) -> tuple[ForwardPass, int, str | None]:
     if not heads:
         raise RuntimeError("no head is watched; call watch(head) first")
-    compiled = [pair for head in heads for pair in (head.compiled_before, head.compiled) if pair]
-    compiled += [(one, vars(one)[NAME]) for one in (logits, logits._base) if hasattr(one, NAME)]
-    for output, noted in compiled:
-        if noted.output is None:
-            with suppress(RuntimeError):  # The next CUDA graph may have taken the memory.
-                _note(noted, output)
+    compiled: list[Any] = [(one, getattr(one, NAME, None)) for one in (logits, logits._base)]
     for head in heads:
+        compiled += filter(None, (head.compiled_before, head.compiled))
         head.compiled = head.compiled_before = None
+    for output, new in compiled:
+        if new is not None and new.output is None:
+            with suppress(RuntimeError):  # The next CUDA graph may have taken the memory.
+                _note(new, output)
     try:
         if logits.grad_fn is None:
-            noted, dim, changed_by = _without_graph(logits, class_dim, heads)
+            noted, dim, changed_by = *_without_graph(logits, class_dim, heads), None
         else:
             noted, dim, changed_by = _by_graph(logits, class_dim)
         if not any(noted.head is head for head in heads):
             raise Refused("logits are of another head, which this loss does not watch")
         if dim not in (1, logits.ndim - 1):
             raise Refused(f"logits have the classes in dimension {dim}, not in 1 or the last")
-        if noted.features is None and noted.recorded:
-            raise Refused("backward has freed the graph of the pass; call the loss before")
         if noted.features is None:
-            raise Refused(f"without a graph, the features of {MAX_FEATURES} outputs are kept")
+            raise Refused(
+                "backward has freed the graph of the pass; call the loss before"
+                if noted.requires_grad
+                else f"without a graph, the features of {MAX_FEATURES} outputs are kept"
+            )
     except Refused as refusal:
         raise RuntimeError(_explained(*refusal.args, heads=heads)) from None
     _check_features(noted)
@@ -315,8 +317,8 @@ def _find(logits: Tensor, class_dim: int, heads: list[Head]) -> tuple[ForwardPas
 
 
 def _check_features(noted: ForwardPass) -> None:
-    known = noted.version is None or torch.compiler.is_compiling()
-    if noted.version == -1 or (not known and noted.version != version_of(noted.features)):
+    known = noted.version is not None and not torch.compiler.is_compiling()
+    if noted.version == -1 or (known and noted.version != _torch.version_of(noted.features)):
         raise RuntimeError(
             "the head's input was changed in place, by the head or after it; use operators that "
             "are not in place, such as torch.nn.ReLU(inplace=False), or watch the layer inside of "
@@ -325,40 +327,45 @@ def _check_features(noted: ForwardPass) -> None:
 
 
 def _by_graph(logits: Tensor, class_dim: int) -> tuple[ForwardPass, int, str | None]:
-    node, number, operators = _walk(logits)
+    (node, number), operators = _walk(logits)
     kinds = {_kind(operator) for operator, _ in operators}
     changed_by = next((_name(one) for one, _ in operators if _kind(one) in VALUES), None)
-    passes = {key[1]: noted for key, noted in notes_of(node).items() if key[0] == NAME}
+    passes = {key[1]: noted for key, noted in _torch.notes_of(node).items() if key[0] == NAME}
     if number not in passes:  # Compiled code returned something else too, such as a cast.
-        noted, dim, _ = _by_values(logits, class_dim, [*passes.values()])
-        return noted, dim, changed_by
+        return *_by_values(logits, class_dim, [*passes.values()]), changed_by
     noted = passes[number]
-    dim = _dim_after(operators, noted.sizes, dim_of(class_dim, noted.sizes))
+    place = dim_of(class_dim, noted.sizes)
+    dim = _dim_after(operators, noted.sizes, place)
     output = noted.output and noted.output()
     if kinds <= VIEWS:
-        _check_output(noted, logits, dim, class_dim)
+        _check_output(noted, logits, dim, place)
     elif output is not None and output.grad_fn is node:
-        _check_output(noted, output, dim_of(class_dim, noted.sizes), class_dim)
+        _check_output(noted, output, place, place)
     return noted, dim, changed_by
 
 
-def _walk(logits: Tensor) -> tuple[Any, int, list[tuple[Any, int]]]:
-    """The node and number of an output, and the operators after it, visiting each node once."""
-    steps: list[tuple[Any, int]] = [(logits.grad_fn, logits.output_nr)]
-    used_by: dict[tuple[Any, int], list[tuple[Any, int]]] = {steps[0]: []}
+def _walk(logits: Tensor) -> tuple[Step, list[Step]]:
+    """The node of an output, and the operators from there to the logits, each visited once."""
+    steps: list[Step] = [(logits.grad_fn, logits.output_nr)]
+    used_by: dict[Step, list[Step]] = {steps[0]: []}
     found = []
     for step in steps:
         node, number = step
-        if any(key[0] == NAME for key in notes_of(node)):
+        if any(key[0] == NAME for key in _torch.notes_of(node)):
             found.append(step)
             continue
         inputs = node.next_functions
-        for branch in [inputs[number]] if node.name() in PASSING else inputs:
+        for branch in inputs[number : number + 1] if node.name() in PASSING else inputs:
             if branch not in used_by and branch[0] is not None:
                 steps.append(branch)
             used_by.setdefault(branch, []).append(step)
+    leading, ahead = {*found}, [*found]
+    for step in ahead:
+        ahead += {*used_by[step]} - leading
+        leading.update(used_by[step])
     if not found:
-        unrecorded = _in_memory(logits)
+        memory = _torch.memory_of(logits) or {}
+        unrecorded = memory.get((NAME, logits.storage_offset()), (lambda: None,))[0]()
         if unrecorded is None or unrecorded.recorded:
             raise Refused("no forward pass of the watched head has led to logits")
         raise RuntimeError(
@@ -366,21 +373,15 @@ def _walk(logits: Tensor) -> tuple[Any, int, list[tuple[Any, int]]]:
             "gradient; run the model with gradients on, and use_reentrant=False in "
             "torch.utils.checkpoint"
         )
-    leading = dict.fromkeys(found)
-    ahead = [*found]
-    for step in ahead:
-        ahead += [user for user in dict.fromkeys(used_by[step]) if user not in leading]
-        leading.update(dict.fromkeys(used_by[step]))
+    operators: list[Step] = []
     for step in steps:
         if step in leading and step not in found and step[0].name() not in PASSING:
             _check_order(step[0], _kind(step[0]) in IN_ORDER)
-    operators, step = [], found[0]
-    while step != steps[0]:
-        step, *others = dict.fromkeys(used_by[step])
-        if others or len(found) > 1:
-            raise Refused(f"operator {_name(step[0])!r} joins several passes, or one with itself")
-        operators.append(step)
-    return *found[0], [step for step in operators if step[0].name() not in PASSING]
+            if len(leading.intersection(step[0].next_functions)) > 1:
+                name = _name(step[0])
+                raise Refused(f"operator {name!r} joins several passes, or one with itself")
+            operators.append(step)
+    return found[0], operators[::-1]
 
 
 def _check_order(node: Any, kept: bool) -> None:
@@ -389,14 +390,13 @@ def _check_order(node: Any, kept: bool) -> None:
         raise Refused(reason, node)
 
 
-def _dim_after(operators: list[tuple[Any, int]], sizes: tuple[int, ...], dim: int) -> int:
+def _dim_after(operators: list[Step], sizes: tuple[int, ...], dim: int) -> int:
     """The class dimension after operators that keep the samples in order."""
     for node, number in operators:
-        after, samples = sizes_of(node, number), prod(sizes[:dim])
+        after, samples = _torch.sizes_of(node, number), prod(sizes[:dim])
         if _kind(node) in REORDERING:
-            # Its backward pass puts a tensor whose strides are numbers of dimensions in order.
-            marks = torch.empty_strided(after, [*range(len(after))], device="meta")
-            order = node(marks).stride()
+            # Its backward pass puts a tensor back in order, here one with dimensions as strides.
+            order = node(torch.empty_strided(after, range(len(after)), device="meta")).stride()
             others = [order[other] for other, size in enumerate(sizes) if other != dim and size > 1]
             places = [order[dim]] * (others == sorted(others))
         else:
@@ -410,35 +410,30 @@ def _dim_after(operators: list[tuple[Any, int]], sizes: tuple[int, ...], dim: in
     return dim
 
 
-def _without_graph(
-    logits: Tensor, class_dim: int, heads: list[Head]
-) -> tuple[ForwardPass, int, str | None]:
-    noted = _in_memory(logits)
+def _without_graph(logits: Tensor, class_dim: int, heads: list[Head]) -> tuple[ForwardPass, int]:
+    memory, start = _torch.memory_of(logits) or {}, logits.storage_offset()
+    reference, layout = memory.get((NAME, start), (lambda: None, None))
+    noted = reference()
     if noted is None:
         latest = [noted for head in heads for noted in reversed(head.latest) if noted]
         return _by_values(logits, class_dim, latest)
-    for dim in dims_of(logits.shape):
-        if _steps(_layout(logits), dim) == _steps(noted.layout, dim_of(class_dim, noted.sizes)):
-            _check_output(noted, logits, dim, class_dim)
-            return noted, dim, None
-    raise Refused("logits are a view of the head's output with samples left out or moved")
-
-
-def _in_memory(logits: Tensor) -> ForwardPass | None:
-    """The pass whose output starts at the memory of logits."""
-    found: Any = (memory_of(logits) or {}).get((NAME, logits.storage_offset()))
-    return found() if found else None
+    if layout != _layout(logits):
+        return _by_values(logits, class_dim, [noted])
+    place = dim_of(class_dim, noted.sizes)
+    _check_output(noted, logits, place, place)
+    return noted, place
 
 
 def _by_values(
     logits: Tensor, class_dim: int, passes: list[ForwardPass]
-) -> tuple[ForwardPass, int, str | None]:
+) -> tuple[ForwardPass, int]:
     """The pass whose output has the values of logits, perhaps cast to another type."""
     fits = [
         (noted, dim)
         for noted in passes
         for dim in dims_of(logits.shape)
-        if noted.values is not None and _has_values(noted, logits, dim, class_dim)
+        if noted.values is not None
+        and _has_values(noted, logits, dim, dim_of(class_dim, noted.sizes))
     ]
     if not fits:
         raise Refused(
@@ -453,26 +448,26 @@ def _by_values(
             "logits have the same values for several samples or passes, so that a cast or copy of "
             "the head's output cannot be recognised"
         )
-    return noted, dim, None
+    return noted, dim
 
 
-def _check_output(noted: ForwardPass, tensor: Tensor, dim: int, class_dim: int) -> None:
+def _check_output(noted: ForwardPass, tensor: Tensor, dim: int, place: int) -> None:
     """Refuses an output, or a view of it, that was changed in place."""
-    same = noted.output_version == version_of(tensor)
+    same = noted.output_version == _version_of(tensor)
     if noted.output_version is None:  # compiled, or in inference mode
-        same = noted.values is None or _has_values(noted, tensor, dim, class_dim)
+        same = noted.values is None or _has_values(noted, tensor, dim, place)
     if not same:
         raise Refused("logits were changed in place after the head had returned them")
 
 
-def _has_values(noted: ForwardPass, tensor: Tensor, dim: int, class_dim: int) -> bool:
-    """Whether a tensor with the classes in dimension `dim` holds the rows of an output."""
+def _has_values(noted: ForwardPass, tensor: Tensor, dim: int, place: int) -> bool:
+    """Whether the rows of a tensor, along `dim`, are those of an output, along `place`."""
     values: Any = noted.values
-    return _equal(tensor.movedim(dim, -1), values.movedim(dim_of(class_dim, noted.sizes), -1))
+    return _equal(tensor.movedim(dim, -1), values.movedim(place, -1))
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    if one.device != other.device or one.numel() != other.numel():
+    if (one.device, one.numel()) != (other.device, other.numel()):
         return False
     if one.shape[-1] != other.shape[-1]:
         return False
@@ -482,19 +477,6 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _steps(layout: tuple[Any, ...], class_dim: int) -> tuple[Any, ...]:
-    """Size and stride of the classes, and the fewest sizes and strides of the samples."""
-    sizes, strides, dtype = layout
-    steps: list[tuple[int, int]] = []
-    for dim, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
-        if dim == class_dim or size == 1:
-            continue
-        if steps and steps[-1][1] == size * stride:
-            size *= steps.pop()[0]  # noqa: PLW2901
-        steps.append((size, stride))
-    return dtype, sizes[class_dim], strides[class_dim], steps
 
 
 def _kind(node: Any) -> str:
@@ -513,7 +495,7 @@ def _explained(reason: str, node: Any = None, *, heads: list[Head]) -> str:
         f"{reason}; logits must hold the output of one forward pass of the watched head, sample by "
         "sample in the same order"
     )
-    if any(head.parallel for head in heads) or (node and node.name() == "GatherBackward"):
+    if node is not None and node.name() == "GatherBackward":
         text += (
             "\nThe model runs in torch.nn.DataParallel, whose replicas each see a part of the "
             "batch; use torch.nn.parallel.DistributedDataParallel."
@@ -523,7 +505,7 @@ def _explained(reason: str, node: Any = None, *, heads: list[Head]) -> str:
             "\nThe watched head has had no forward pass. Call watch(head) with the head that runs; "
             "a copied or unpickled loss needs that, unless its head was copied with it."
         )
-    if node is not None and _kind(node) in SELECTING:
+    elif node is not None and _kind(node) in SELECTING:
         text += "\nTo leave samples out, keep all logits and set their labels to ignore_index."
     return text + (
         "\nIf you have the features of each sample, pass them:\n"

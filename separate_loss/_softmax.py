@@ -34,7 +34,7 @@ from separate_loss._features import (
     watch,
 )
 from separate_loss._modules import SeparateLoss
-from separate_loss._torch import compiler_moves_buffers, not_compiled
+from separate_loss._torch import compiler_moves_buffers, run_uncompiled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -211,7 +211,8 @@ class SoftmaxSeparateLoss(nn.Module):
             The loss under `reduction`.
         """
         if torch.compiler.is_compiling() and not compiler_moves_buffers():
-            return runs_uncompiled_before_torch_2_8(self._joint_loss, logits, target, features)
+            loss: Tensor = run_uncompiled(self._joint_loss, logits, target, features)
+            return loss
         return self._joint_loss(logits, target, features)
 
     def _joint_loss(self, logits: Tensor, target: Tensor, features: Tensor | None) -> Tensor:
@@ -231,7 +232,7 @@ class SoftmaxSeparateLoss(nn.Module):
             check_vectors("features", features)
             class_dim = self._class_dim_of(logits, target)
             feature_dim = self._feature_dim_of(features, logits)
-            modules = [watched.module and watched.module() for watched in self._heads]
+            modules = [watched.module() for watched in self._heads if watched.module is not None]
             moving = all(module.training for module in modules if module is not None)
         check_logits(logits, target, class_dim, self.num_classes)
         rows = logits.movedim(class_dim, -1)
@@ -333,12 +334,6 @@ class SoftmaxSeparateLoss(nn.Module):
         )
 
 
-@not_compiled
-def runs_uncompiled_before_torch_2_8(function: Any, *arguments: Any) -> Any:
-    # The mark alone would leave what the function calls to the compiler.
-    return torch.compiler.disable(function)(*arguments)
-
-
 def _call(separate: nn.Module, moving: bool, features: Tensor, target: Tensor) -> Tensor:
     """Calls a loss, in training mode only if its centers may move."""
     modes = []
@@ -409,7 +404,7 @@ def _softmax_loss(
     return nn.functional.cross_entropy(logits, target, **options)
 
 
-def _smooth(target: Tensor, separate: SeparateLoss, label_smoothing: float) -> Tensor:
+def _smooth(target: Tensor, separate: Any, label_smoothing: float) -> Tensor:
     """The target as class probabilities with label smoothing."""
     if label_smoothing == 0:
         return target

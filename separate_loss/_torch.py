@@ -74,6 +74,13 @@ def not_compiled(function: Function) -> Function:
     return function
 
 
+@not_compiled
+def run_uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs a function, and what it calls, in Python in compiled code, whose graph breaks."""
+    # The mark alone would leave what the function calls to the compiler.
+    return torch.compiler.disable(function)(*arguments)
+
+
 def compiler_moves_buffers() -> bool:
     """Whether compiled code updates a buffer once; before 2.8 the backward pass repeats it."""
     return RELEASE >= (2, 8)
@@ -112,8 +119,8 @@ def version_of(value: Any) -> int | None:
     return getattr(value, "_version", None)
 
 
-def memory_of(tensor: Any) -> dict[Any, Any] | None:
-    """A dictionary that lives with a tensor's memory, for all its views; None without memory."""
+def memory_of(tensor: Any) -> Any:
+    """A dictionary that lives with a tensor's memory, shared by views; None without memory."""
     try:
         return vars(tensor.untyped_storage())
     except (AttributeError, NotImplementedError, RuntimeError):  # such as wrappers of torch.func
@@ -132,8 +139,3 @@ def show_hooks(module: nn.Module, shown: bool = True) -> None:
         old, new = (dict, OrderedDict) if shown else (OrderedDict, dict)
         if type(vars(module).get(name)) is old:
             vars(module)[name] = new(vars(module)[name])
-
-
-def is_replica(module: nn.Module) -> bool:
-    """Whether a module is a replica of DataParallel; False if it is unknown."""
-    return bool(_found(module, "_is_replica"))
