@@ -21,10 +21,8 @@ from separate_loss import _torch
 from separate_loss._checks import dim_of, dims_of
 
 NAME = "_separate_loss"
-# Without a graph: how many outputs that exist have their features kept, and how many outputs are
-# kept with them to recognise a cast.
+# Without a graph, how many outputs keep their features, and how many are kept to recognise a cast.
 MAX_FEATURES, MAX_VALUES = 8, 2
-
 CONVOLUTIONS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -47,7 +45,7 @@ SELECTING = {"Index", "IndexSelect", "MaskedSelect", "Select", "Slice", "Split",
 # Of DistributedDataParallel and backward hooks: each output is the input of the same number.
 PASSING = {"_DDPSinkBackward", "BackwardHookFunctionBackward"}
 
-Step = tuple[Any, int]  # a node of the graph, and the number of its output
+Step = tuple[Any, int]  # a node of autograd's graph, and the number of its output
 
 
 class Head:
@@ -55,6 +53,7 @@ class Head:
 
     def __init__(self, class_dim: int | None) -> None:
         self.class_dim = class_dim  # if the module's type shows it
+        self.name = f"{NAME}_{id(self)}"  # of notes
         self.losses: set[int] = set()  # by their ids
         self.active = False  # whether a loss watches
         self.module: weakref.ref[nn.Module] | None = None  # unknown in a copy until it runs
@@ -87,6 +86,9 @@ class ForwardPass:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # Saved logits hold no features.
+
+
+Found = tuple[ForwardPass, int, str | None]
 
 
 class Refused(Exception):  # noqa: N818
@@ -185,23 +187,20 @@ def record(head: Head, module: nn.Module, inputs: tuple[Any, ...], *others: Any)
             continue
         if output.is_cpu or not noted.recorded:  # Elsewhere the comparison would wait.
             noted.values = output.detach().clone()
-        setattr(output, NAME, noted)
+        setattr(output, head.name, noted)
         head.compiled_before = head.compiled
         head.compiled = output, noted
 
 
 def _as_given(head: Head, module: nn.Module, given: Any) -> tuple[Any, int | None]:
     """The features as they were before the module ran, and their version."""
-    version, known = _version_of(given), True
+    version = _version_of(given)
     if not _is_layer(module):
         before, kept = head.inputs.pop(_thread(), (None, None))
-        if isinstance(kept, Tensor) and _same_memory(before, given):
-            return kept, _version_of(kept)
-        # Another hook may have exchanged the input: it did not change if it has version 0.
-        known = version is not None
-        version = kept if _same_memory(before, given) else 0
-    if not known:
-        return given, -1
+        if not _same_memory(before, given):
+            # Another hook exchanged the input. With version 0 it did not change since.
+            return given, -1 if version is None else 0
+        return (kept, _version_of(kept)) if isinstance(kept, Tensor) else (given, kept)
     return (given.clone() if version is None and isinstance(given, Tensor) else given), version
 
 
@@ -249,7 +248,7 @@ def _note(noted: ForwardPass, output: Tensor) -> None:
             if noted is not None and not _torch.backward_keeps_graph():
                 noted.features = None
 
-        _torch.notes_of(node)[NAME, output.output_nr] = noted
+        _torch.notes_of(node)[head.name, output.output_nr] = noted
         node.register_hook(after_backward)
         head.latest.append(None)
     elif memory is not None:
@@ -263,53 +262,46 @@ def _note(noted: ForwardPass, output: Tensor) -> None:
         # Without a graph the memory owns the pass, but not one whose features it holds.
         owned = node is None and not _same_memory(noted.features, output)
         way = (lambda: noted) if owned else reference
-        memory[NAME, output.storage_offset()] = way, _layout(output)
+        memory[head.name, output.storage_offset()] = way, _layout(output)
 
 
-def find(logits: Tensor, class_dim: int, heads: list[Head]) -> tuple[ForwardPass, int, str | None]:
+def find(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
     """The pass that logits come from, their class dimension, and what changed their values.
 
     `class_dim`, 1 or -1, is that of the head. Raises RuntimeError unless logits hold the output of
     one pass of one of the heads, with the samples in the same order.
     """
-    if torch.compiler.is_compiling():
-        noted = getattr(logits, NAME, None)
-        if noted is not None and any(noted.head is head for head in heads):
-            noted.head.compiled = noted.head.compiled_before = None
+    if not torch.compiler.is_compiling():
+        return _find(logits, class_dim, heads)
+    for head in heads:
+        noted = getattr(logits, head.name, None)
+        if noted is not None:
+            head.compiled = head.compiled_before = None
             _check_features(noted)
             return noted, dim_of(class_dim, logits.shape), None
-        found: tuple[ForwardPass, int, str | None]
-        found = _torch.run_uncompiled(_find, logits, class_dim, heads)
-        return found
-    return _find(logits, class_dim, heads)
+    found: Found = _torch.run_uncompiled(_find, logits, class_dim, heads)
+    return found
 
 
-def _find(logits: Tensor, class_dim: int, heads: list[Head]) -> tuple[ForwardPass, int, str | None]:
+def _find(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
     if not heads:
         raise RuntimeError("no head is watched; call watch(head) first")
-    compiled: list[Any] = [(one, getattr(one, NAME, None)) for one in (logits, logits._base)]
     for head in heads:
-        compiled += filter(None, (head.compiled_before, head.compiled))
+        shown = [(one, getattr(one, head.name, None)) for one in (logits, _torch.base_of(logits))]
+        for output, new in filter(None, (*shown, head.compiled_before, head.compiled)):
+            if output is not None and new is not None and new.output is None:
+                with suppress(RuntimeError):  # The next CUDA graph may have taken the memory.
+                    _note(new, output)
         head.compiled = head.compiled_before = None
-    for output, new in compiled:
-        if new is not None and new.output is None:
-            with suppress(RuntimeError):  # The next CUDA graph may have taken the memory.
-                _note(new, output)
     try:
-        if logits.grad_fn is None:
-            noted, dim, changed_by = *_without_graph(logits, class_dim, heads), None
-        else:
-            noted, dim, changed_by = _by_graph(logits, class_dim)
-        if not any(noted.head is head for head in heads):
-            raise Refused("logits are of another head, which this loss does not watch")
+        way = _without_graph if logits.grad_fn is None else _by_graph
+        noted, dim, changed_by = way(logits, class_dim, heads)
         if dim not in (1, logits.ndim - 1):
             raise Refused(f"logits have the classes in dimension {dim}, not in 1 or the last")
+        if noted.features is None and noted.requires_grad:
+            raise Refused("backward has freed the graph of the pass; call the loss before")
         if noted.features is None:
-            raise Refused(
-                "backward has freed the graph of the pass; call the loss before"
-                if noted.requires_grad
-                else f"without a graph, the features of {MAX_FEATURES} outputs are kept"
-            )
+            raise Refused(f"without a graph, the features of {MAX_FEATURES} outputs are kept")
     except Refused as refusal:
         raise RuntimeError(_explained(*refusal.args, heads=heads)) from None
     _check_features(noted)
@@ -326,13 +318,13 @@ def _check_features(noted: ForwardPass) -> None:
         )
 
 
-def _by_graph(logits: Tensor, class_dim: int) -> tuple[ForwardPass, int, str | None]:
-    (node, number), operators = _walk(logits)
+def _by_graph(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
+    (node, number), operators = _walk(logits, heads)
     kinds = {_kind(operator) for operator, _ in operators}
     changed_by = next((_name(one) for one, _ in operators if _kind(one) in VALUES), None)
-    passes = {key[1]: noted for key, noted in _torch.notes_of(node).items() if key[0] == NAME}
+    passes = _passes(node, heads)
     if number not in passes:  # Compiled code returned something else too, such as a cast.
-        return *_by_values(logits, class_dim, [*passes.values()]), changed_by
+        return *_by_values(logits, class_dim, [*passes.values()])[:2], changed_by
     noted = passes[number]
     place = dim_of(class_dim, noted.sizes)
     dim = _dim_after(operators, noted.sizes, place)
@@ -344,44 +336,50 @@ def _by_graph(logits: Tensor, class_dim: int) -> tuple[ForwardPass, int, str | N
     return noted, dim, changed_by
 
 
-def _walk(logits: Tensor) -> tuple[Step, list[Step]]:
-    """The node of an output, and the operators from there to the logits, each visited once."""
+def _passes(node: Any, heads: list[Head]) -> dict[int, ForwardPass]:
+    """The passes whose outputs a node has computed, by the numbers of the outputs."""
+    names = [head.name for head in heads]
+    return {key[1]: one for key, one in _torch.notes_of(node).items() if key[0] in names}
+
+
+def _walk(logits: Tensor, heads: list[Head]) -> tuple[Step, list[Step]]:
+    """The node of an output, and the operators from there to the logits; visits each node once."""
     steps: list[Step] = [(logits.grad_fn, logits.output_nr)]
-    used_by: dict[Step, list[Step]] = {steps[0]: []}
+    used_by: dict[Step, dict[Step, None]] = {steps[0]: {}}
     found = []
     for step in steps:
         node, number = step
-        if any(key[0] == NAME for key in _torch.notes_of(node)):
+        if _torch.notes_of(node) and _passes(node, heads):
             found.append(step)
             continue
         inputs = node.next_functions
         for branch in inputs[number : number + 1] if node.name() in PASSING else inputs:
             if branch not in used_by and branch[0] is not None:
                 steps.append(branch)
-            used_by.setdefault(branch, []).append(step)
-    leading, ahead = {*found}, [*found]
-    for step in ahead:
-        ahead += {*used_by[step]} - leading
-        leading.update(used_by[step])
+            used_by.setdefault(branch, {})[step] = None
     if not found:
-        memory = _torch.memory_of(logits) or {}
-        unrecorded = memory.get((NAME, logits.storage_offset()), (lambda: None,))[0]()
+        unrecorded, _ = _in_memory(logits, heads)
         if unrecorded is None or unrecorded.recorded:
-            raise Refused("no forward pass of the watched head has led to logits")
+            others = [key for node, _ in steps for key in _torch.notes_of(node) if NAME in key[0]]
+            whose = "another head" if others else "no forward pass of the watched head"
+            raise Refused(f"{whose} has led to logits")
         raise RuntimeError(
             "the watched head ran without recording gradients, so its features would get no "
             "gradient; run the model with gradients on, and use_reentrant=False in "
             "torch.utils.checkpoint"
         )
-    operators: list[Step] = []
-    for step in steps:
-        if step in leading and step not in found and step[0].name() not in PASSING:
+    operators, step = [], found[0]
+    while step != steps[0]:
+        users = [*used_by[step]]
+        if len(users) > 1 or len(found) > 1:
+            names = " and ".join(repr(_name(user)) for user, _ in users)
+            reason = f"operator {names} joins several passes, or one with itself"
+            raise Refused(reason, users[0][0])
+        step = users[0]
+        if step[0].name() not in PASSING:
             _check_order(step[0], _kind(step[0]) in IN_ORDER)
-            if len(leading.intersection(step[0].next_functions)) > 1:
-                name = _name(step[0])
-                raise Refused(f"operator {name!r} joins several passes, or one with itself")
             operators.append(step)
-    return found[0], operators[::-1]
+    return found[0], operators
 
 
 def _check_order(node: Any, kept: bool) -> None:
@@ -396,7 +394,7 @@ def _dim_after(operators: list[Step], sizes: tuple[int, ...], dim: int) -> int:
         after, samples = _torch.sizes_of(node, number), prod(sizes[:dim])
         if _kind(node) in REORDERING:
             # Its backward pass puts a tensor back in order, here one with dimensions as strides.
-            order = node(torch.empty_strided(after, range(len(after)), device="meta")).stride()
+            order = node(torch.empty_strided(after, [*range(len(after))], device="meta")).stride()
             others = [order[other] for other, size in enumerate(sizes) if other != dim and size > 1]
             places = [order[dim]] * (others == sorted(others))
         else:
@@ -410,23 +408,28 @@ def _dim_after(operators: list[Step], sizes: tuple[int, ...], dim: int) -> int:
     return dim
 
 
-def _without_graph(logits: Tensor, class_dim: int, heads: list[Head]) -> tuple[ForwardPass, int]:
-    memory, start = _torch.memory_of(logits) or {}, logits.storage_offset()
-    reference, layout = memory.get((NAME, start), (lambda: None, None))
-    noted = reference()
+def _without_graph(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
+    noted, layout = _in_memory(logits, heads)
     if noted is None:
-        latest = [noted for head in heads for noted in reversed(head.latest) if noted]
+        latest = [one for head in heads for one in reversed(head.latest) if one is not None]
         return _by_values(logits, class_dim, latest)
-    if layout != _layout(logits):
+    if layout != _layout(logits) and noted.values is not None:
         return _by_values(logits, class_dim, [noted])
     place = dim_of(class_dim, noted.sizes)
+    if layout != _layout(logits):
+        raise Refused("logits are a detached view of the head's output; detach the output itself")
     _check_output(noted, logits, place, place)
-    return noted, place
+    return noted, place, None
 
 
-def _by_values(
-    logits: Tensor, class_dim: int, passes: list[ForwardPass]
-) -> tuple[ForwardPass, int]:
+def _in_memory(logits: Tensor, heads: list[Head]) -> tuple[ForwardPass | None, Any]:
+    """The pass whose output starts at the memory of logits, and the layout of the output."""
+    notes, start = _torch.memory_of(logits) or {}, logits.storage_offset()
+    found = [notes[head.name, start] for head in heads if (head.name, start) in notes]
+    return (found[0][0](), found[0][1]) if found else (None, None)
+
+
+def _by_values(logits: Tensor, class_dim: int, passes: list[ForwardPass]) -> Found:
     """The pass whose output has the values of logits, perhaps cast to another type."""
     fits = [
         (noted, dim)
@@ -444,11 +447,8 @@ def _by_values(
     rows = logits.detach().movedim(dim, -1).flatten(0, -2)
     same = len(rows) > 1 and bool((rows == rows[:1]).all())
     if same or any(at != dim or not _equal(one.features, noted.features) for one, at in others):
-        raise Refused(
-            "logits have the same values for several samples or passes, so that a cast or copy of "
-            "the head's output cannot be recognised"
-        )
-    return noted, dim
+        raise Refused("logits have the same values for several samples, dimensions or passes")
+    return noted, dim, None
 
 
 def _check_output(noted: ForwardPass, tensor: Tensor, dim: int, place: int) -> None:
@@ -491,24 +491,22 @@ def _name(node: Any) -> str:
 
 
 def _explained(reason: str, node: Any = None, *, heads: list[Head]) -> str:
-    text = (
-        f"{reason}; logits must hold the output of one forward pass of the watched head, sample by "
-        "sample in the same order"
-    )
+    hint = ""
     if node is not None and node.name() == "GatherBackward":
-        text += (
-            "\nThe model runs in torch.nn.DataParallel, whose replicas each see a part of the "
-            "batch; use torch.nn.parallel.DistributedDataParallel."
+        hint = (
+            "The model runs in torch.nn.DataParallel, whose replicas each see a part of the "
+            "batch; use torch.nn.parallel.DistributedDataParallel.\n"
         )
     elif not any(head.seen for head in heads):
-        text += (
-            "\nThe watched head has had no forward pass. Call watch(head) with the head that runs; "
-            "a copied or unpickled loss needs that, unless its head was copied with it."
+        hint = (
+            "The watched head has had no forward pass. Call watch(head) with the head that runs; "
+            "a copied or unpickled loss needs that, unless its head was copied with it.\n"
         )
     elif node is not None and _kind(node) in SELECTING:
-        text += "\nTo leave samples out, keep all logits and set their labels to ignore_index."
-    return text + (
-        "\nIf you have the features of each sample, pass them:\n"
+        hint = "To leave samples out, keep all logits and set their labels to ignore_index.\n"
+    return (
+        f"{reason}; logits must hold the output of one forward pass of the watched head, sample by "
+        f"sample in the same order\n{hint}If you have the features of each sample, pass them:\n"
         "    features = ...  # the input of the head, in the order of the logits\n"
         "    loss = criterion(logits, target, features=features)"
     )

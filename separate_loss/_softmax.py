@@ -133,6 +133,8 @@ class SoftmaxSeparateLoss(nn.Module):
         Li et al., ACML 2019, PMLR 101:897-911.
     """
 
+    separate: SeparateLoss
+
     def __init__(
         self,
         head: nn.Module,
@@ -172,7 +174,7 @@ class SoftmaxSeparateLoss(nn.Module):
             if options.get("device") is None:
                 options["device"] = next((one.device for one in head.parameters()), None)
             separate = SeparateLoss(self.num_classes, self.feature_dim, **options)
-        self.separate = separate
+        self.separate = separate  # type: ignore[assignment]
         self._warned: set[str] = set()
         self._heads: list[Head] = []
         self.watch(head)
@@ -217,7 +219,8 @@ class SoftmaxSeparateLoss(nn.Module):
 
     def _joint_loss(self, logits: Tensor, target: Tensor, features: Tensor | None) -> Tensor:
         check_vectors("logits", logits)
-        separate, noted, changed_by, recorded = self.separate, None, None, True
+        noted, changed_by, recorded = None, None, True
+        separate: nn.Module = self.separate
         if features is None:
             noted, class_dim, changed_by = find(logits, self.class_dim, self._heads)
             features, sizes = noted.features, (self.feature_dim, self.num_classes)
@@ -241,9 +244,11 @@ class SoftmaxSeparateLoss(nn.Module):
         check_batch(rows, target, self.num_classes, name="logits")
         features = features.movedim(feature_dim, -1).reshape(-1, self.feature_dim)
         target = target.reshape(-1, *[self.num_classes] * target.is_floating_point())
-        smoothing = getattr(separate, "label_smoothing", self.label_smoothing)
+        smoothing = getattr(separate, "label_smoothing", 0.0)
+        if isinstance(separate, SeparateLoss):
+            smoothing = self.label_smoothing
         softmax = _softmax_loss(rows.reshape(-1, self.num_classes), target, separate, smoothing)
-        if not hasattr(separate, "label_smoothing"):
+        if isinstance(separate, SeparateLoss):
             target = _smooth(target, separate, smoothing)
         # Last, so that invalid input does not move the centers.
         with torch.set_grad_enabled(torch.is_grad_enabled() and recorded):
@@ -404,7 +409,7 @@ def _softmax_loss(
     return nn.functional.cross_entropy(logits, target, **options)
 
 
-def _smooth(target: Tensor, separate: Any, label_smoothing: float) -> Tensor:
+def _smooth(target: Tensor, separate: SeparateLoss, label_smoothing: float) -> Tensor:
     """The target as class probabilities with label smoothing."""
     if label_smoothing == 0:
         return target
