@@ -328,7 +328,7 @@ def _by_graph(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
     noted = passes[number]
     place = dim_of(class_dim, noted.sizes)
     dim = _dim_after(operators, noted.sizes, place)
-    output = noted.output and noted.output()
+    output = None if noted.output is None else noted.output()
     if kinds <= VIEWS:
         _check_output(noted, logits, dim, place)
     elif output is not None and output.grad_fn is node:

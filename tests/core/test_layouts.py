@@ -106,8 +106,8 @@ def test_every_layout_equals_samples_in_rows(
         assert "watch the linear layer or convolution" in str(refusal)  # noqa: PT017
         assert kind == "transposed"
         assert not given_features
-        samples = [size for size in target.shape if size != 1]
-        assert len({*samples}) < len(samples) or places[-1] in (NUM_CLASSES, FEATURE_DIM)
+        numbers = [size for size in target.shape if size != 1]
+        assert len({*numbers}) < len(numbers) or places[-1] in (NUM_CLASSES, FEATURE_DIM)
         return
     options.pop("class_dim", None)
     twin = features.clone().requires_grad_()
