@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import partial
+from itertools import count
 from math import prod
 from typing import Any
 
@@ -20,15 +21,16 @@ from torch import Tensor, nn
 from separate_loss import _torch
 from separate_loss._checks import dim_of, dims_of
 
-NAME = "_separate_loss"
+NAME, COUNT = "_separate_loss", count()
 # Without a graph, how many outputs keep their features, and how many are kept to recognise a cast.
 MAX_FEATURES, MAX_VALUES = 8, 2
 CONVOLUTIONS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
+LAYERS = (nn.Linear, *CONVOLUTIONS)
 # Files of torch.nn.modules whose layers leave samples and features where they are.
-PLAIN = ("activation", "batchnorm", "dropout", "instancenorm", "normalization")
+PLAIN = {"activation", "batchnorm", "dropout", "instancenorm", "normalization"}
 # Operators that keep samples in order, by the names of their autograd nodes: Add for AddBackward0.
 # fmt: off
 VALUES = {
@@ -51,35 +53,34 @@ Step = tuple[Any, int]  # a node of autograd's graph, and the number of its outp
 class Head:
     """What the hooks and the losses of a module share; what is copied together shares another."""
 
-    def __init__(self, class_dim: int | None) -> None:
-        self.class_dim = class_dim  # if the module's type shows it
-        self.name = f"{NAME}_{id(self)}"  # of notes
-        self.losses: set[int] = set()  # by their ids
-        self.active = False  # whether a loss watches
+    def __init__(self, class_dim: int | None, is_layer: bool) -> None:
+        self.class_dim = class_dim  # of a module whose type shows it
+        self.is_layer = is_layer  # which changes no input in place
+        self.name = f"{NAME}_{next(COUNT)}"  # of its notes
+        self.losses: set[int] = set()  # that watch, by their ids
+        self.active = self.seen = False  # whether a loss watches, and whether a pass was noted
         self.module: weakref.ref[nn.Module] | None = None  # unknown in a copy until it runs
-        self.seen = False  # whether a pass was noted
-        self.inputs: dict[int, tuple[Tensor, Any]] = {}  # of the passes that run, by thread
+        self.inputs: dict[int, tuple[Any, Any]] = {}  # of passes that run, by thread
         self.recent: deque[weakref.ref[ForwardPass]] = deque()  # without a graph
         self.latest: deque[ForwardPass | None] = deque(maxlen=MAX_VALUES)  # None: with a graph
-        # The latest compiled outputs, until a loss is called.
+        # The two latest outputs of compiled code, until a loss is called.
         self.compiled: tuple[Tensor, ForwardPass] | None = None
         self.compiled_before: tuple[Tensor, ForwardPass] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Head, (self.class_dim,)
+        return Head, (self.class_dim, self.is_layer)
 
 
 class ForwardPass:
     """A forward pass of a watched module."""
 
     def __init__(self, head: Head, features: Any, version: int | None, output: Tensor) -> None:
-        self.head = head
-        self.features = features
+        self.head, self.features = head, features
         self.version = version  # of the features; -1 if they may have changed
         self.training = False  # the module's mode
-        self.recorded = torch.is_grad_enabled()
+        self.recorded, self.requires_grad = torch.is_grad_enabled(), output.requires_grad
         self.moved: set[int] = set()  # losses whose centers this pass has moved
-        self.sizes, self.requires_grad = output.shape, output.requires_grad
+        self.sizes = output.shape
         self.output: weakref.ref[Tensor] | None = None
         self.output_version: int | None = None
         self.values: Tensor | None = None  # of an output whose changes no version shows
@@ -99,8 +100,8 @@ def watch(module: nn.Module, loss: nn.Module) -> Head:
     """Notes the inputs of a module from now on."""
     head = next(iter(heads_of(module)), None)
     if head is None:
-        head = Head(_class_dim_of(module))
-        if not _is_layer(module):
+        head = Head(_class_dim_of(module), _is_layer(module))
+        if not head.is_layer:
             module.register_forward_pre_hook(partial(keep, head), with_kwargs=True)
         module.register_forward_hook(partial(record, head), with_kwargs=True)
         _torch.show_hooks(module, True)
@@ -111,24 +112,22 @@ def watch(module: nn.Module, loss: nn.Module) -> Head:
 
 def join(head: Head, loss: nn.Module) -> None:
     """Lets a loss watch until it leaves or is deleted."""
-    head.active = True
     head.losses.add(id(loss))
+    head.active = True
     weakref.finalize(loss, leave, head, id(loss)).atexit = False
 
 
 def leave(head: Head, loss: int, module: nn.Module | None = None) -> None:
     """Removes the hooks, and what they keep, if no other loss watches."""
     head.losses.discard(loss)
+    module = module or (head.module() if head.module else None)
     if head.losses:
         return
-    if module is None and head.module is not None:
-        module = head.module()
-    if module is not None:
-        for hooks in _torch.hooks_of(module):
-            for key in [key for key, hook in hooks.items() if _head_of(hook) is head]:
-                del hooks[key]
-        _torch.show_hooks(module, False)
-    vars(head).update(vars(Head(head.class_dim)))
+    for hooks in _torch.hooks_of(module):
+        for key in [key for key, hook in hooks.items() if _head_of(hook) is head]:
+            del hooks[key]
+    _torch.show_hooks(module, False)
+    vars(head).update(vars(Head(head.class_dim, head.is_layer)))
 
 
 def heads_of(module: nn.Module) -> list[Head]:
@@ -142,9 +141,7 @@ def _head_of(hook: Any) -> Head | None:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether a module is a linear layer or convolution, which changes no input in place."""
-    layers = (nn.Linear, *CONVOLUTIONS)
-    return any(isinstance(module, t) and type(module).forward is t.forward for t in layers)
+    return any(isinstance(module, t) and type(module).forward is t.forward for t in LAYERS)
 
 
 def _class_dim_of(module: nn.Module) -> int | None:
@@ -155,8 +152,7 @@ def _class_dim_of(module: nn.Module) -> int | None:
     for layer in module if type(module) is nn.Sequential else ():
         package, _, file = type(layer).__module__.rpartition(".")
         plain = package == "torch.nn.modules" and file in PLAIN
-        if not plain and type(layer) is not nn.Identity:
-            dims.add(_class_dim_of(layer))
+        dims.update([] if plain or type(layer) is nn.Identity else [_class_dim_of(layer)])
     return dims.pop() if len(dims) == 1 else None
 
 
@@ -174,34 +170,32 @@ def record(head: Head, module: nn.Module, inputs: tuple[Any, ...], *others: Any)
     """The hook after a module; quantization calls it without keyword arguments."""
     if not head.active or _torch.is_exporting():
         return
-    given = _first(inputs, *others[:-1])
-    features, version = _as_given(head, module, given)
+    given, compiling = _first(inputs, *others[:-1]), torch.compiler.is_compiling()
+    features, version = given, _version_of(given)
+    if not head.is_layer:
+        before, kept = head.inputs.pop(_thread(), (None, None))
+        if not _same_memory(before, given):
+            # Another hook exchanged the input. With version 0 it did not change since.
+            version = -1 if version is None else 0
+        elif isinstance(kept, Tensor):
+            features, version = kept, _version_of(kept)
+        else:
+            version = kept
+    elif version is None and isinstance(given, Tensor):
+        features = given.clone()
     for output in _tensors(others[-1]):
         if output is given or not output.is_floating_point():
             continue
         noted = ForwardPass(head, features, version, output)
         noted.training = module.training
-        if not torch.compiler.is_compiling():
+        if not compiling:
             head.module, noted.output_version = weakref.ref(module), _version_of(output)
             _note(noted, output)
             continue
         if output.is_cpu or not noted.recorded:  # Elsewhere the comparison would wait.
             noted.values = output.detach().clone()
         setattr(output, head.name, noted)
-        head.compiled_before = head.compiled
-        head.compiled = output, noted
-
-
-def _as_given(head: Head, module: nn.Module, given: Any) -> tuple[Any, int | None]:
-    """The features as they were before the module ran, and their version."""
-    version = _version_of(given)
-    if not _is_layer(module):
-        before, kept = head.inputs.pop(_thread(), (None, None))
-        if not _same_memory(before, given):
-            # Another hook exchanged the input. With version 0 it did not change since.
-            return given, -1 if version is None else 0
-        return (kept, _version_of(kept)) if isinstance(kept, Tensor) else (given, kept)
-    return (given.clone() if version is None and isinstance(given, Tensor) else given), version
+        head.compiled_before, head.compiled = head.compiled, (output, noted)
 
 
 def _version_of(value: Any) -> int | None:
@@ -221,7 +215,7 @@ def _thread() -> int:
 
 
 def _first(inputs: tuple[Any, ...], named: dict[str, Any] | None = None) -> Any:
-    return next(iter((*inputs, *(named or {}).values())), None)
+    return inputs[0] if inputs else next(iter((named or {}).values()), None)
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -241,13 +235,12 @@ def _note(noted: ForwardPass, output: Tensor) -> None:
     """Notes a pass where logits that come from its output lead to it."""
     head, node, reference = noted.head, output.grad_fn, weakref.ref(noted)
     head.seen, noted.output, memory = True, weakref.ref(output), _torch.memory_of(output)
+
+    def after_backward(*_: object) -> None:
+        if not _torch.backward_keeps_graph() and (noted := reference()):
+            noted.features = None
+
     if node is not None:
-
-        def after_backward(*_: object) -> None:
-            noted = reference()
-            if noted is not None and not _torch.backward_keeps_graph():
-                noted.features = None
-
         _torch.notes_of(node)[head.name, output.output_nr] = noted
         node.register_hook(after_backward)
         head.latest.append(None)
@@ -298,10 +291,10 @@ def _find(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
         noted, dim, changed_by = way(logits, class_dim, heads)
         if dim not in (1, logits.ndim - 1):
             raise Refused(f"logits have the classes in dimension {dim}, not in 1 or the last")
-        if noted.features is None and noted.requires_grad:
-            raise Refused("backward has freed the graph of the pass; call the loss before")
         if noted.features is None:
-            raise Refused(f"without a graph, the features of {MAX_FEATURES} outputs are kept")
+            freed = "backward has freed the graph of the pass; call the loss before"
+            many = f"without a graph, the features of {MAX_FEATURES} outputs are kept"
+            raise Refused(freed if noted.requires_grad else many)
     except Refused as refusal:
         raise RuntimeError(_explained(*refusal.args, heads=heads)) from None
     _check_features(noted)
@@ -330,9 +323,9 @@ def _by_graph(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
     dim = _dim_after(operators, noted.sizes, place)
     output = None if noted.output is None else noted.output()
     if kinds <= VIEWS:
-        _check_output(noted, logits, dim, place)
+        _check_output(noted, logits, dim, class_dim)
     elif output is not None and output.grad_fn is node:
-        _check_output(noted, output, place, place)
+        _check_output(noted, output, place, class_dim)
     return noted, dim, changed_by
 
 
@@ -346,28 +339,25 @@ def _walk(logits: Tensor, heads: list[Head]) -> tuple[Step, list[Step]]:
     """The node of an output, and the operators from there to the logits; visits each node once."""
     steps: list[Step] = [(logits.grad_fn, logits.output_nr)]
     used_by: dict[Step, dict[Step, None]] = {steps[0]: {}}
-    found = []
+    found, notes = [], set[str]()
     for step in steps:
         node, number = step
-        if _torch.notes_of(node) and _passes(node, heads):
+        if _passes(node, heads):
             found.append(step)
             continue
+        notes.update([node.name()], (key[0] for key in _torch.notes_of(node)))
         inputs = node.next_functions
         for branch in inputs[number : number + 1] if node.name() in PASSING else inputs:
             if branch not in used_by and branch[0] is not None:
                 steps.append(branch)
             used_by.setdefault(branch, {})[step] = None
     if not found:
-        unrecorded, _ = _in_memory(logits, heads)
-        if unrecorded is None or unrecorded.recorded:
-            others = [key for node, _ in steps for key in _torch.notes_of(node) if NAME in key[0]]
-            whose = "another head" if others else "no forward pass of the watched head"
-            raise Refused(f"{whose} has led to logits")
-        raise RuntimeError(
-            "the watched head ran without recording gradients, so its features would get no "
-            "gradient; run the model with gradients on, and use_reentrant=False in "
-            "torch.utils.checkpoint"
-        )
+        whose = "no forward pass of the watched head"
+        if any(note.startswith(NAME) for note in notes):
+            whose = "another head"
+        elif "CheckpointFunctionBackward" in notes:
+            whose += " that recorded gradients (use_reentrant=False in checkpoint does)"
+        raise Refused(f"{whose} has led to logits")
     operators, step = [], found[0]
     while step != steps[0]:
         users = [*used_by[step]]
@@ -377,8 +367,9 @@ def _walk(logits: Tensor, heads: list[Head]) -> tuple[Step, list[Step]]:
             raise Refused(reason, users[0][0])
         step = users[0]
         if step[0].name() not in PASSING:
-            _check_order(step[0], _kind(step[0]) in IN_ORDER)
             operators.append(step)
+    for node, _ in operators:
+        _check_order(node, _kind(node) in IN_ORDER)
     return found[0], operators
 
 
@@ -397,47 +388,32 @@ def _dim_after(operators: list[Step], sizes: tuple[int, ...], dim: int) -> int:
             order = node(torch.empty_strided(after, [*range(len(after))], device="meta")).stride()
             others = [order[other] for other, size in enumerate(sizes) if other != dim and size > 1]
             places = [order[dim]] * (others == sorted(others))
+        elif after == sizes:
+            places = [dim]
         else:
-            places = [dim] * (after == sizes) or [
-                place
-                for place, size in enumerate(after)
-                if size == sizes[dim] and prod(after[:place]) == samples
-            ]
+            places = [at for at in range(len(after)) if prod(after[:at]) == samples]
+            places = [at for at in places if after[at] == sizes[dim]]
         _check_order(node, bool(places) and prod(after) == prod(sizes))
         dim, sizes = places[-1], after
     return dim
 
 
 def _without_graph(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
-    noted, layout = _in_memory(logits, heads)
-    if noted is None:
-        latest = [one for head in heads for one in reversed(head.latest) if one is not None]
-        return _by_values(logits, class_dim, latest)
-    if layout != _layout(logits) and noted.values is not None:
-        return _by_values(logits, class_dim, [noted])
-    place = dim_of(class_dim, noted.sizes)
-    if layout != _layout(logits):
-        raise Refused("logits are a detached view of the head's output; detach the output itself")
-    _check_output(noted, logits, place, place)
-    return noted, place, None
-
-
-def _in_memory(logits: Tensor, heads: list[Head]) -> tuple[ForwardPass | None, Any]:
-    """The pass whose output starts at the memory of logits, and the layout of the output."""
     notes, start = _torch.memory_of(logits) or {}, logits.storage_offset()
-    found = [notes[head.name, start] for head in heads if (head.name, start) in notes]
-    return (found[0][0](), found[0][1]) if found else (None, None)
+    here = [notes[head.name, start] for head in heads if (head.name, start) in notes]
+    passes = [noted for reference, _ in here if (noted := reference())]
+    if passes and here[0][1] == _layout(logits):
+        place = dim_of(class_dim, passes[0].sizes)
+        _check_output(passes[0], logits, place, class_dim)
+        return passes[0], place, None
+    latest = [noted for head in heads for noted in reversed(head.latest) if noted]
+    return _by_values(logits, class_dim, passes or latest)
 
 
 def _by_values(logits: Tensor, class_dim: int, passes: list[ForwardPass]) -> Found:
     """The pass whose output has the values of logits, perhaps cast to another type."""
-    fits = [
-        (noted, dim)
-        for noted in passes
-        for dim in dims_of(logits.shape)
-        if noted.values is not None
-        and _has_values(noted, logits, dim, dim_of(class_dim, noted.sizes))
-    ]
+    ways = [(one, dim) for one in passes if one.values is not None for dim in dims_of(logits.shape)]
+    fits = [way for way in ways if _has_values(way[0], logits, way[1], class_dim)]
     if not fits:
         raise Refused(
             "logits without a graph must be a recent output of the head, a view of one, or a cast "
@@ -451,25 +427,24 @@ def _by_values(logits: Tensor, class_dim: int, passes: list[ForwardPass]) -> Fou
     return noted, dim, None
 
 
-def _check_output(noted: ForwardPass, tensor: Tensor, dim: int, place: int) -> None:
+def _check_output(noted: ForwardPass, tensor: Tensor, dim: int, class_dim: int) -> None:
     """Refuses an output, or a view of it, that was changed in place."""
     same = noted.output_version == _version_of(tensor)
     if noted.output_version is None:  # compiled, or in inference mode
-        same = noted.values is None or _has_values(noted, tensor, dim, place)
+        same = noted.values is None or _has_values(noted, tensor, dim, class_dim)
     if not same:
         raise Refused("logits were changed in place after the head had returned them")
 
 
-def _has_values(noted: ForwardPass, tensor: Tensor, dim: int, place: int) -> bool:
-    """Whether the rows of a tensor, along `dim`, are those of an output, along `place`."""
+def _has_values(noted: ForwardPass, tensor: Tensor, dim: int, class_dim: int) -> bool:
+    """Whether the rows of a tensor with the classes in `dim` are those of an output."""
     values: Any = noted.values
-    return _equal(tensor.movedim(dim, -1), values.movedim(place, -1))
+    return _equal(tensor.movedim(dim, -1), values.movedim(dim_of(class_dim, noted.sizes), -1))
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    if (one.device, one.numel()) != (other.device, other.numel()):
-        return False
-    if one.shape[-1] != other.shape[-1]:
+    of_one, of_other = ((of.device, of.numel(), of.shape[-1]) for of in (one, other))
+    if of_one != of_other:
         return False
     other = other.detach().to(one.dtype).reshape(one.shape)
     return torch.allclose(one.detach(), other, rtol=0, atol=0, equal_nan=True)

@@ -133,15 +133,15 @@ def memory_of(tensor: Any) -> Any:
         return None
 
 
-def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+def hooks_of(module: nn.Module | None) -> list[dict[int, Any]]:
     """The dictionaries of a module's forward hooks; empty if a release has other names."""
     names = "_forward_pre_hooks", "_forward_hooks"
     return [hooks for name in names if (hooks := _found(module, name)) is not None]
 
 
-def show_hooks(module: nn.Module, shown: bool = True) -> None:
+def show_hooks(module: nn.Module | None, shown: bool) -> None:
     """Lets the compiler see that hooks came or went: it guards on these types, not on hooks."""
     for name in ("_parameters", "_modules"):
         old, new = (dict, OrderedDict) if shown else (OrderedDict, dict)
-        if type(vars(module).get(name)) is old:
+        if type(getattr(module, name, None)) is old:
             vars(module)[name] = new(vars(module)[name])
