@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from separate_loss._torch import under_vmap
 from separate_loss._tracing import has_values
@@ -50,6 +50,11 @@ def check_nonnegative(name: str, value: object) -> None:
 def check_center_lr(value: object) -> None:
     if value is not None:
         check_nonnegative("center_lr", value)
+
+
+def check_module(name: str, value: object) -> None:
+    if not isinstance(value, Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
 
 
 def check_tensor(name: str, value: Tensor) -> None:
@@ -154,9 +159,10 @@ def check_logits(logits: Tensor, target: Tensor, class_dim: int, num_classes: in
             f"got shape {tuple(logits.shape)}"
         )
     check_tensor("target", target)
+    if logits.ndim <= 2:
+        return
     samples = (*logits.shape[:class_dim], *logits.shape[class_dim + 1 :])
-    fits = target.shape == (logits.shape if target.is_floating_point() else samples)
-    if logits.ndim > 2 and not fits:
+    if target.shape != (logits.shape if target.is_floating_point() else samples):
         raise ValueError(
             f"target must have shape {samples} for class indices, or {tuple(logits.shape)} for "
             f"class probabilities, beside logits of shape {tuple(logits.shape)} with the classes "
@@ -187,6 +193,8 @@ def check_head_input(
     `sizes` are those of features and classes; `known` tells that the head has the layout of
     `class_dim`. If not, no other layout may fit.
     """
+    if (*shape, *output_shape) == (shape[0], sizes[0], shape[0], sizes[1]):
+        return  # (N, d) and (N, C)
     fitting = []
     for dims in itertools.product(dims_of(shape), dims_of(output_shape)):
         samples, others = (

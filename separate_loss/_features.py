@@ -74,16 +74,17 @@ class Head:
 class ForwardPass:
     """A forward pass of a watched module."""
 
+    training = False  # the module's mode
+    output: weakref.ref[Tensor] | None = None
+    output_version: int | None = None
+    values: Tensor | None = None  # of an output whose changes no version shows
+
     def __init__(self, head: Head, features: Any, version: int | None, output: Tensor) -> None:
         self.head, self.features = head, features
         self.version = version  # of the features; -1 if they may have changed
-        self.training = False  # the module's mode
         self.recorded, self.requires_grad = torch.is_grad_enabled(), output.requires_grad
         self.moved: set[int] = set()  # losses whose centers this pass has moved
         self.sizes = output.shape
-        self.output: weakref.ref[Tensor] | None = None
-        self.output_version: int | None = None
-        self.values: Tensor | None = None  # of an output whose changes no version shows
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # Saved logits hold no features.
@@ -264,14 +265,22 @@ def find(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
     `class_dim`, 1 or -1, is that of the head. Raises RuntimeError unless logits hold the output of
     one pass of one of the heads, with the samples in the same order.
     """
-    if not torch.compiler.is_compiling():
-        return _find(logits, class_dim, heads)
+    compiling, noted = torch.compiler.is_compiling(), None
     for head in heads:
-        noted = getattr(logits, head.name, None)
-        if noted is not None:
-            head.compiled = head.compiled_before = None
+        if compiling:
+            noted = getattr(logits, head.name, None)
+        else:  # the usual case, in short
+            notes = _torch.notes_of(logits.grad_fn)
+            noted = notes.get((head.name, logits.output_nr))
+            if noted is not None and noted.output_version != _torch.version_of(logits):
+                break
+        if noted is not None and noted.features is not None:
             _check_features(noted)
+            if compiling:
+                head.compiled = head.compiled_before = None
             return noted, dim_of(class_dim, logits.shape), None
+    if not compiling:
+        return _find(logits, class_dim, heads)
     found: Found = _torch.run_uncompiled(_find, logits, class_dim, heads)
     return found
 
@@ -401,8 +410,9 @@ def _dim_after(operators: list[Step], sizes: tuple[int, ...], dim: int) -> int:
 def _without_graph(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
     notes, start = _torch.memory_of(logits) or {}, logits.storage_offset()
     here = [notes[head.name, start] for head in heads if (head.name, start) in notes]
-    passes = [noted for reference, _ in here if (noted := reference())]
-    if passes and here[0][1] == _layout(logits):
+    found = [(noted, layout) for reference, layout in here if (noted := reference())]
+    passes = [noted for noted, _ in found]
+    if found and found[0][1] == _layout(logits):
         place = dim_of(class_dim, passes[0].sizes)
         _check_output(passes[0], logits, place, class_dim)
         return passes[0], place, None

@@ -1,38 +1,15 @@
 """Softmax loss plus separate loss, for a model that returns only logits."""
 
 import warnings
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from separate_loss import _checks, _features
 from separate_loss._batch import mask_ignored
-from separate_loss._checks import (
-    CLASS_DIMS,
-    CenterInit,
-    CenterUpdate,
-    ClassDim,
-    Reduction,
-    Separation,
-    check_batch,
-    check_choice,
-    check_head_input,
-    check_logits,
-    check_nonnegative,
-    check_vectors,
-    dim_of,
-    dims_of,
-)
-from separate_loss._features import (
-    CONVOLUTIONS,
-    ForwardPass,
-    Head,
-    find,
-    heads_of,
-    join,
-    leave,
-    watch,
-)
+from separate_loss._checks import dim_of
 from separate_loss._modules import SeparateLoss
 from separate_loss._torch import compiler_moves_buffers, run_uncompiled
 
@@ -45,14 +22,14 @@ __all__ = ["SoftmaxSeparateLoss", "SoftmaxSeparateTerms"]
 class SeparateOptions(TypedDict, total=False):
     """The keyword arguments of `SeparateLoss`."""
 
-    center_update: CenterUpdate
+    center_update: _checks.CenterUpdate
     center_lr: float | None
-    center_init: CenterInit | Tensor | None
+    center_init: _checks.CenterInit | Tensor | None
     weight: Tensor | None
     ignore_index: int
-    reduction: Reduction
+    reduction: _checks.Reduction
     scale_free: bool
-    separation: Separation
+    separation: _checks.Separation
     process_group: "ProcessGroup | None"
     sync_centers: bool
     device: torch.device | str | int | None
@@ -83,28 +60,25 @@ class SoftmaxSeparateLoss(nn.Module):
 
     $$ L = L_s + \lambda L_{sep} \tag{9} $$
 
-    The loss watches `head`: a hook notes the head's input, from which the logits were computed, and
-    the loss finds it again from the logits. Pass what the model returned, or a view, cast, scaling
-    or shift of it; for everything else pass `features` too. The model, its `state_dict` and what
-    `torch.export` makes of it do not change.
+    A hook notes what enters `head`; the loss finds it again from the logits. Pass what the model
+    returned, or a view, cast, scaling or shift of it; for everything else pass `features` too. The
+    model's `state_dict` and its `torch.export` do not change.
 
     Args:
-        head: the module that computes logits from features, for example the model's last
+        head: the module that computes logits from its first argument, for example the model's last
             `torch.nn.Linear` (`(*, d)` to `(*, C)`) or convolution (`(N, d, *)` to `(N, C, *)`).
-            Its first argument is noted.
-        separate: a loss to use instead of a new `SeparateLoss`. Any module will do that takes
-            features `(N, d)` and `target`, returns a scalar, and moves centers in training mode
-            alone: it is in training mode exactly when they may move. If it has `last_terms`, they
-            are read; if it has `weight`, `ignore_index`, `reduction` or `label_smoothing`, the
-            softmax loss takes them.
+        separate: a ready loss instead of a new `SeparateLoss`: any module that takes features
+            `(N, d)` and target, and returns a scalar. It is in training mode exactly when centers
+            may move. If it has `last_terms`, they are read; if it has `weight`, `ignore_index`,
+            `reduction` or `label_smoothing`, the softmax loss takes them.
         separate_weight: lambda, finite and not negative.
         num_classes: C; None reads it from the last linear or convolutional layer in `head`.
         feature_dim: d; None reads it from the first such layer.
         class_dim: the dimension of C in the head's output and of d in its input: 1 or -1. None
             takes 1 for heads whose last such layer is a convolution, and -1 for others.
         label_smoothing: as in `torch.nn.functional.cross_entropy`, in both terms; in [0, 1].
-        options: of the new `SeparateLoss`, by keyword. `weight`, `ignore_index` and `reduction`
-            apply to both terms; `device` is the head's by default.
+        options: of the new `SeparateLoss`; `weight`, `ignore_index` and `reduction` apply to both
+            terms, and `device` is the head's by default.
 
     Shape:
         logits `(N, C, *)` and target `(N, *)` or `(N, C, *)`, as in
@@ -143,27 +117,25 @@ class SoftmaxSeparateLoss(nn.Module):
         separate_weight: float = 0.9,
         num_classes: int | None = None,
         feature_dim: int | None = None,
-        class_dim: ClassDim | None = None,
+        class_dim: _checks.ClassDim | None = None,
         label_smoothing: float = 0.0,
         **options: Unpack[SeparateOptions],
     ) -> None:
         super().__init__()
-        _check_module("head", head)
-        check_nonnegative("separate_weight", separate_weight)
-        check_nonnegative("label_smoothing", label_smoothing)
+        _checks.check_module("head", head)
+        _checks.check_nonnegative("separate_weight", separate_weight)
+        _checks.check_nonnegative("label_smoothing", label_smoothing)
         if label_smoothing > 1:
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
         self._class_dim_given = class_dim is not None
         if class_dim is None:
-            class_dim = 1 if isinstance((None, *_layers(head))[-1], CONVOLUTIONS) else -1
-        check_choice("class_dim", class_dim, CLASS_DIMS)
+            class_dim = 1 if isinstance((None, *_layers(head))[-1], _features.CONVOLUTIONS) else -1
+        _checks.check_choice("class_dim", class_dim, _checks.CLASS_DIMS)
+        given = ", ".join([*options, *["label_smoothing"] * (label_smoothing != 0)])
         if separate is not None:
-            _check_module("separate", separate)
-            given = [*options, *["label_smoothing"] * (label_smoothing != 0)]
+            _checks.check_module("separate", separate)
             if given:
-                raise TypeError(
-                    f"separate is a ready loss, so {', '.join(given)} must be given to it instead"
-                )
+                raise TypeError(f"separate is a ready loss, so {given} must be given to it instead")
         self.separate_weight = separate_weight
         self.label_smoothing = label_smoothing
         self.class_dim = class_dim
@@ -176,25 +148,24 @@ class SoftmaxSeparateLoss(nn.Module):
             separate = SeparateLoss(self.num_classes, self.feature_dim, **options)
         self.separate = separate  # type: ignore[assignment]
         self._warned: set[str] = set()
-        self._heads: list[Head] = []
+        self._heads: list[_features.Head] = []
         self.watch(head)
 
     def watch(self, head: nn.Module) -> None:
         """Accepts logits of `head` too, from its next forward pass on."""
-        _check_module("head", head)
-        watched = watch(head, self)
-        if watched not in self._heads:
-            self._heads.append(watched)
+        _checks.check_module("head", head)
+        watched = _features.watch(head, self)
+        self._heads = list(dict.fromkeys([*self._heads, watched]))
 
     def unwatch(self, head: nn.Module | None = None) -> None:
         """Accepts logits of `head`, or of any head, no more; calls then need `features`.
 
-        Removes the hook, if no other loss needs it: `torch.jit.script` refuses hooks, and a pickle
-        of the whole model would need this package.
+        Removes the hook if no other loss watches: `torch.jit.script` refuses hooks, and a pickle of
+        the whole model with one needs this package.
         """
-        left = self._heads if head is None else heads_of(head)
+        left = self._heads if head is None else _features.heads_of(head)
         for watched in left:
-            leave(watched, id(self), head)
+            _features.leave(watched, id(self), head)
         self._heads = [watched for watched in self._heads if watched not in left]
 
     def forward(self, logits: Tensor, target: Tensor, *, features: Tensor | None = None) -> Tensor:
@@ -218,88 +189,83 @@ class SoftmaxSeparateLoss(nn.Module):
         return self._joint_loss(logits, target, features)
 
     def _joint_loss(self, logits: Tensor, target: Tensor, features: Tensor | None) -> Tensor:
-        check_vectors("logits", logits)
-        noted, changed_by, recorded = None, None, True
         separate: nn.Module = self.separate
+        _checks.check_vectors("logits", logits)
+        noted, changed_by, recorded = None, None, True
         if features is None:
-            noted, class_dim, changed_by = find(logits, self.class_dim, self._heads)
+            noted, dim, changed_by = _features.find(logits, self.class_dim, self._heads)
             features, sizes = noted.features, (self.feature_dim, self.num_classes)
-            check_vectors("the head's input", features)
+            _checks.check_vectors("the head's input", features)
             known = noted.head.class_dim == self.class_dim
-            check_head_input(features.shape, noted.sizes, sizes, self.class_dim, known=known)
+            _checks.check_head_input(
+                features.shape, noted.sizes, sizes, self.class_dim, known=known
+            )
             feature_dim = dim_of(self.class_dim, features.shape)
             moving = noted.training and id(self) not in noted.moved
             # Logits that were detached from their graph are for logging.
             recorded = noted.recorded and not (noted.requires_grad and logits.is_leaf)
         else:
-            check_vectors("features", features)
-            class_dim = self._class_dim_of(logits, target)
-            feature_dim = self._feature_dim_of(features, logits)
+            _checks.check_vectors("features", features)
+            dim, feature_dim = self._dims_of(logits, target, features)
             modules = [watched.module() for watched in self._heads if watched.module is not None]
             moving = all(module.training for module in modules if module is not None)
-        check_logits(logits, target, class_dim, self.num_classes)
-        rows = logits.movedim(class_dim, -1)
+        _checks.check_logits(logits, target, dim, self.num_classes)
+        rows = _rows_last(logits, dim)
         if target.is_floating_point() and target.ndim == logits.ndim:
-            target = target.movedim(class_dim, -1)
-        check_batch(rows, target, self.num_classes, name="logits")
-        features = features.movedim(feature_dim, -1).reshape(-1, self.feature_dim)
-        target = target.reshape(-1, *[self.num_classes] * target.is_floating_point())
-        smoothing = getattr(separate, "label_smoothing", 0.0)
-        if isinstance(separate, SeparateLoss):
-            smoothing = self.label_smoothing
-        softmax = _softmax_loss(rows.reshape(-1, self.num_classes), target, separate, smoothing)
+            target = _rows_last(target, dim)
+        _checks.check_batch(rows, target, self.num_classes, name="logits")
+        samples, features = rows.shape[:-1], _rows_last(features, feature_dim)
+        if rows.ndim != 2:
+            rows = rows.reshape(-1, self.num_classes)
+            target = target.reshape(-1, *[self.num_classes] * target.is_floating_point())
+        if features.shape[:-1] != rows.shape[:-1]:
+            features = features.reshape(-1, self.feature_dim)
+        ours = isinstance(separate, SeparateLoss)
+        smoothing = self.label_smoothing if ours else getattr(separate, "label_smoothing", 0.0)
+        softmax = _softmax_loss(rows, target, separate, smoothing)
         if isinstance(separate, SeparateLoss):
             target = _smooth(target, separate, smoothing)
-        # Last, so that invalid input does not move the centers.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and recorded):
+        if recorded:
             self._warn(logits, features, noted, changed_by)
-            moving = moving and separate.training and torch.is_grad_enabled()
+        moving = moving and recorded and separate.training and torch.is_grad_enabled()
+        # Last, so that invalid input does not move the centers.
+        with nullcontext() if recorded else torch.no_grad():
             loss = _call(separate, moving, features, target)
         if noted is not None and moving:
             noted.moved.add(id(self))
-        terms = getattr(separate, "last_terms", None)
-        if terms is not None:
-            terms = SoftmaxSeparateTerms(softmax.detach().mean(), *terms)
-        self.last_terms = terms
+        terms, mean = getattr(separate, "last_terms", None), softmax.detach()
+        mean = mean.mean() if mean.ndim else mean
+        self.last_terms = None if terms is None else SoftmaxSeparateTerms(mean, *terms)
         loss = softmax + self.separate_weight * loss
-        return loss.reshape(rows.shape[:-1]) if loss.ndim else loss
+        return loss.reshape(samples) if loss.ndim else loss
 
-    def _class_dim_of(self, logits: Tensor, target: Tensor) -> int:
-        """The class dimension of logits that fits the target."""
-        fitting = []
-        for dim in dims_of(logits.shape):
-            samples = (*logits.shape[:dim], *logits.shape[dim + 1 :])
-            fits = target.shape == (logits.shape if target.is_floating_point() else samples)
-            fitting += [dim] * (fits and logits.shape[dim] == self.num_classes)
-        return self._one_of(fitting, "logits", logits.shape)
+    def _dims_of(self, logits: Tensor, target: Tensor, features: Tensor) -> tuple[int, int]:
+        """The dimensions of the classes in logits and of d in features that were given."""
+        found, fits = [], features.numel() * self.num_classes == logits.numel() * self.feature_dim
+        for name, of in (("logits", logits), ("features", features)):
+            size = self.num_classes if of is logits else self.feature_dim
+            dims = [dim for dim in _checks.dims_of(of.shape) if of.shape[dim] == size]
+            if of is logits and not target.is_floating_point():
+                shape = list(target.shape)
+                dims = [dim for dim in dims if [*shape[:dim], size, *shape[dim:]] == [*of.shape]]
+            if of is features and not (dims and fits):
+                raise ValueError(
+                    f"features must hold {size} values for each of the samples of logits of shape "
+                    f"{tuple(logits.shape)}, got shape {tuple(features.shape)}"
+                )
+            if len(dims) > 1 and not self._class_dim_given:
+                raise ValueError(
+                    f"{name} of shape {tuple(of.shape)} fit with the classes in dimension 1 and in "
+                    "the last; pass class_dim to SoftmaxSeparateLoss"
+                )
+            dim = dim_of(self.class_dim, of.shape)
+            found.append(dims[0] if dims and dim not in dims else dim)
+        return found[0], found[1]
 
-    def _feature_dim_of(self, features: Tensor, logits: Tensor) -> int:
-        """The dimension of given features that leaves the samples of the logits."""
-        num_values = logits.numel() // self.num_classes * self.feature_dim
-        dims = dims_of(features.shape) if features.numel() == num_values else []
-        fitting = [dim for dim in dims if features.shape[dim] == self.feature_dim]
-        if not fitting:
-            raise ValueError(
-                f"features must hold {self.feature_dim} values for each of the samples of logits "
-                f"of shape {tuple(logits.shape)}, got shape {tuple(features.shape)}"
-            )
-        return self._one_of(fitting, "features", features.shape)
-
-    def _one_of(self, fitting: list[int], name: str, sizes: torch.Size) -> int:
-        if len(fitting) > 1 and not self._class_dim_given:
-            raise ValueError(
-                f"{name} of shape {tuple(sizes)} fit with the classes in dimension 1 and in the "
-                "last; pass class_dim to SoftmaxSeparateLoss, or give features in rows (N, d)"
-            )
-        dim = dim_of(self.class_dim, sizes)
-        return fitting[0] if fitting and dim not in fitting else dim
-
-    def _warn(
-        self, logits: Tensor, features: Tensor, noted: ForwardPass | None, changed_by: str | None
-    ) -> None:
+    def _warn(self, logits: Tensor, features: Tensor, noted: Any, changed_by: str | None) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        separate, texts = self.separate, []
+        texts, separate = [], self.separate
         moves = getattr(separate, "center_update", "none") not in ("gradient", "none")
         if noted is not None and not noted.training and separate.training and moves:
             texts.append(
@@ -313,23 +279,22 @@ class SoftmaxSeparateLoss(nn.Module):
                 "ignore this if all layers before the head are frozen; if the head is the whole "
                 "model, pass its last layer as head"
             )
-        if changed_by is not None and noted is not None and separate.training:
-            module = type(noted.head.module and noted.head.module()).__name__
+        if changed_by is not None and separate.training:
+            module = type(noted.head.module()).__name__
             texts.append(
                 f"operator {changed_by!r} changed the output of the watched {module}: without a "
                 "graph, as in validation under torch.no_grad(), such logits are refused; watch the "
                 f"module that returns them, such as torch.nn.Sequential({module}(...), ...), or "
                 "pass features there"
             )
-        for text in texts:
-            if text not in self._warned:
-                self._warned.add(text)
-                warnings.warn(text, stacklevel=6)
+        for text in set(texts) - self._warned:
+            self._warned.add(text)
+            warnings.warn(text, stacklevel=6)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for watched in self._heads:
-            join(watched, self)
+            _features.join(watched, self)
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
@@ -339,11 +304,13 @@ class SoftmaxSeparateLoss(nn.Module):
         )
 
 
+def _rows_last(tensor: Tensor, dim: int) -> Tensor:
+    return tensor if dim == tensor.ndim - 1 else tensor.movedim(dim, -1)
+
+
 def _call(separate: nn.Module, moving: bool, features: Tensor, target: Tensor) -> Tensor:
     """Calls a loss, in training mode only if its centers may move."""
-    modes = []
-    if separate.training and not moving:
-        modes = [(module, module.training) for module in separate.modules()]
+    modes = [] if moving else [(one, one.training) for one in separate.modules()]
     try:
         for module, _ in modes:
             module.training = False
@@ -352,11 +319,6 @@ def _call(separate: nn.Module, moving: bool, features: Tensor, target: Tensor) -
         for module, mode in modes:
             module.training = mode
     return loss
-
-
-def _check_module(name: str, value: object) -> None:
-    if not isinstance(value, nn.Module):
-        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
 
 
 def _layers(head: nn.Module) -> list[nn.Module]:
@@ -393,20 +355,23 @@ def _softmax_loss(
 ) -> Tensor:
     """Softmax loss of logits `(N, C)`, in float32 or wider."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    weight = getattr(separate, "weight", None)
-    options: dict[str, Any] = {
-        "weight": None if weight is None else weight.to(logits.dtype),
-        "reduction": getattr(separate, "reduction", "mean"),
-        "label_smoothing": label_smoothing,
-    }
-    if target.is_floating_point():
-        target = target.to(logits.dtype)
-    else:
-        target = target.long()
-        options["ignore_index"] = getattr(separate, "ignore_index", -100)
-        # Raises a clearer error for labels out of range than cross_entropy.
-        mask_ignored(target, logits.shape[-1], options["ignore_index"])
-    return nn.functional.cross_entropy(logits, target, **options)
+    weight, ignore_index = (
+        getattr(separate, "weight", None),
+        getattr(separate, "ignore_index", -100),
+    )
+    soft = target.is_floating_point()
+    try:
+        return nn.functional.cross_entropy(
+            logits,
+            target.to(logits.dtype) if soft else target.long(),
+            None if weight is None else weight.to(logits.dtype),
+            ignore_index=-100 if soft else ignore_index,
+            reduction=getattr(separate, "reduction", "mean"),
+            label_smoothing=label_smoothing,
+        )
+    except IndexError:  # Labels out of range, for which this has a clearer error.
+        mask_ignored(target, logits.shape[-1], ignore_index)
+        raise
 
 
 def _smooth(target: Tensor, separate: SeparateLoss, label_smoothing: float) -> Tensor:
