@@ -1,7 +1,7 @@
 """The input of a head, found again from its output.
 
 A forward hook notes the input where it lives as long as it can be used: on the autograd node of the
-output; without a graph on the output's memory; in compiled code on the output itself.
+output; without a graph on the output's memory; in compiled code, until a loss is called, in `Head`.
 """
 
 import threading
@@ -22,8 +22,9 @@ from separate_loss import _torch
 from separate_loss._checks import dim_of, dims_of
 
 NAME, COUNT = "_separate_loss", count()
-# Without a graph, how many outputs keep their features, and how many are kept to recognise a cast.
-MAX_FEATURES, MAX_VALUES = 8, 2
+# Without a graph, how many outputs keep their features, and how many are kept to recognise a cast;
+# how many of compiled code are kept until a loss is called.
+MAX_FEATURES, MAX_VALUES, MAX_COMPILED = 8, 2, 4
 CONVOLUTIONS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -63,9 +64,7 @@ class Head:
         self.inputs: dict[int, tuple[Any, Any]] = {}  # of passes that run, by thread
         self.recent: deque[weakref.ref[ForwardPass]] = deque()  # without a graph
         self.latest: deque[ForwardPass | None] = deque(maxlen=MAX_VALUES)  # None: with a graph
-        # The two latest outputs of compiled code, until a loss is called.
-        self.compiled: tuple[Tensor, ForwardPass] | None = None
-        self.compiled_before: tuple[Tensor, ForwardPass] | None = None
+        self.compiled: tuple[tuple[Tensor, ForwardPass], ...] = ()  # until a loss is called
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Head, (self.class_dim, self.is_layer)
@@ -195,8 +194,7 @@ def record(head: Head, module: nn.Module, inputs: tuple[Any, ...], *others: Any)
             continue
         if output.is_cpu or not noted.recorded:  # Elsewhere the comparison would wait.
             noted.values = output.detach().clone()
-        setattr(output, head.name, noted)
-        head.compiled_before, head.compiled = head.compiled, (output, noted)
+        head.compiled = (*head.compiled[1 - MAX_COMPILED :], (output, noted))
 
 
 def _version_of(value: Any) -> int | None:
@@ -265,22 +263,18 @@ def find(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
     `class_dim`, 1 or -1, is that of the head. Raises RuntimeError unless logits hold the output of
     one pass of one of the heads, with the samples in the same order.
     """
-    compiling, noted = torch.compiler.is_compiling(), None
-    for head in heads:
-        if compiling:
-            noted = getattr(logits, head.name, None)
-        else:  # the usual case, in short
-            notes = _torch.notes_of(logits.grad_fn)
-            noted = notes.get((head.name, logits.output_nr))
-            if noted is not None and noted.output_version != _torch.version_of(logits):
-                break
-        if noted is not None and noted.features is not None:
-            _check_features(noted)
-            if compiling:
-                head.compiled = head.compiled_before = None
-            return noted, dim_of(class_dim, logits.shape), None
-    if not compiling:
+    if not torch.compiler.is_compiling():
+        for head in heads:  # the usual case, in short
+            noted = _torch.notes_of(logits.grad_fn).get((head.name, logits.output_nr))
+            if noted is not None and noted.output_version == _torch.version_of(logits):
+                return _checked(noted), dim_of(class_dim, logits.shape), None
         return _find(logits, class_dim, heads)
+    for head in heads:
+        for number, (output, noted) in enumerate(head.compiled):
+            if output is logits:
+                # Tensors that are kept would become outputs of the compiled function.
+                head.compiled = head.compiled[:number] + head.compiled[number + 1 :]
+                return _checked(noted), dim_of(class_dim, logits.shape), None
     found: Found = _torch.run_uncompiled(_find, logits, class_dim, heads)
     return found
 
@@ -289,35 +283,33 @@ def _find(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
     if not heads:
         raise RuntimeError("no head is watched; call watch(head) first")
     for head in heads:
-        shown = [(one, getattr(one, head.name, None)) for one in (logits, _torch.base_of(logits))]
-        for output, new in filter(None, (*shown, head.compiled_before, head.compiled)):
-            if output is not None and new is not None and new.output is None:
-                with suppress(RuntimeError):  # The next CUDA graph may have taken the memory.
-                    _note(new, output)
-        head.compiled = head.compiled_before = None
+        compiled, head.compiled = head.compiled, ()
+        for output, new in compiled:
+            with suppress(RuntimeError):  # The next CUDA graph may have taken the memory.
+                _note(new, output)
     try:
         way = _without_graph if logits.grad_fn is None else _by_graph
         noted, dim, changed_by = way(logits, class_dim, heads)
         if dim not in (1, logits.ndim - 1):
             raise Refused(f"logits have the classes in dimension {dim}, not in 1 or the last")
-        if noted.features is None:
-            freed = "backward has freed the graph of the pass; call the loss before"
-            many = f"without a graph, the features of {MAX_FEATURES} outputs are kept"
-            raise Refused(freed if noted.requires_grad else many)
     except Refused as refusal:
         raise RuntimeError(_explained(*refusal.args, heads=heads)) from None
-    _check_features(noted)
-    return noted, dim, changed_by
+    return _checked(noted), dim, changed_by
 
 
-def _check_features(noted: ForwardPass) -> None:
+def _checked(noted: ForwardPass) -> ForwardPass:
+    """The pass, if its features are there as the head has seen them."""
+    if noted.features is None and noted.requires_grad:
+        raise RuntimeError("backward has freed the graph of the pass; call the loss before")
+    if noted.features is None:
+        raise RuntimeError(f"without a graph, the features of {MAX_FEATURES} outputs are kept")
     known = noted.version is not None and not torch.compiler.is_compiling()
     if noted.version == -1 or (known and noted.version != _torch.version_of(noted.features)):
         raise RuntimeError(
             "the head's input was changed in place, by the head or after it; use operators that "
-            "are not in place, such as torch.nn.ReLU(inplace=False), or watch the layer inside of "
-            "the head"
+            "are not in place, such as torch.nn.ReLU(inplace=False), or watch the layer inside"
         )
+    return noted
 
 
 def _by_graph(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:

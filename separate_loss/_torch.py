@@ -119,12 +119,6 @@ def version_of(value: Any) -> int | None:
     return getattr(value, "_version", None)
 
 
-def base_of(tensor: Tensor) -> Tensor | None:
-    """The tensor that a view shows; None if it is unknown."""
-    base: Tensor | None = getattr(tensor, "_base", None)
-    return base
-
-
 def memory_of(tensor: Any) -> Any:
     """A dictionary that lives with a tensor's memory, shared by views; None without memory."""
     try:
