@@ -12,18 +12,10 @@ demo: $(INSTALLED)
 test: lint
 	$(BIN)/python -m pytest
 
-# The core tests on another release, as in `make test-torch TORCH=2.6.0`, in an environment of its own
-# that is removed afterwards. The example in sharded.py takes down a gloo group in the tests' own
-# process, which may wait for ever on 2.6.
-test-torch: ENVIRONMENT = build/torch-$(TORCH)
+# The core tests on other releases, as in `make test-torch TORCH=2.6.0`.
 test-torch:
-	@test -n "$(TORCH)" || { echo "TORCH must name a release, as in TORCH=2.6.0"; exit 2; }
-	rm -rf $(ENVIRONMENT)
-	trap 'rm -rf $(ENVIRONMENT)' EXIT; set -e; $(PYTHON) -m venv $(ENVIRONMENT); \
-	grep -E '^(hypothesis|numpy|pytest)==' constraints.txt > $(ENVIRONMENT)/requirements.txt; \
-	$(ENVIRONMENT)/bin/pip install --quiet -r $(ENVIRONMENT)/requirements.txt torch==$(TORCH); \
-	$(ENVIRONMENT)/bin/python -m pytest tests/core separate_loss \
-		$(addprefix --ignore=separate_loss/,_triton plots.py sharded.py)
+	@test -n "$(TORCH)" || { echo "TORCH must name releases, as in TORCH=2.6.0"; exit 2; }
+	PYTHON=$(PYTHON) tools/test_releases.sh $(TORCH)
 
 # On a machine with a CUDA GPU, where pip brings a torch for it.
 test-cuda: $(INSTALLED)

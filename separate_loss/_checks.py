@@ -1,5 +1,6 @@
 """Validation: every error names the argument, what was expected and what came."""
 
+import itertools
 import math
 import warnings
 from numbers import Integral, Real
@@ -7,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from separate_loss._torch import under_vmap
 from separate_loss._tracing import has_values
@@ -69,6 +71,11 @@ def check_no_effect(name: str, value: object, default: object, center_update: st
             f"{name} must be {default} for center_update={center_update!r}, where it has no "
             f"effect, got {value!r}"
         )
+
+
+def check_module(name: str, value: object) -> None:
+    if not isinstance(value, Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
 
 
 def check_tensor(name: str, value: Tensor) -> None:
@@ -252,24 +259,50 @@ def check_logits(logits: Tensor, target: Tensor, class_dim: int, num_classes: in
         )
 
 
+def dim_of(class_dim: int, sizes: tuple[int, ...]) -> int:
+    """The index of the dimension `class_dim`, 1 or -1, in a tensor of these sizes."""
+    return len(sizes) - 1 if class_dim == -1 or len(sizes) == 1 else 1
+
+
+def dims_of(sizes: tuple[int, ...]) -> list[int]:
+    """The indices of the last dimension and of dimension 1."""
+    return list(dict.fromkeys([len(sizes) - 1, dim_of(1, sizes)]))
+
+
 def check_head_input(
-    features: Tensor, output_shape: torch.Size, class_dim: int, feature_dim: int
+    shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    sizes: tuple[int, int],
+    class_dim: int,
+    *,
+    known: bool,
 ) -> None:
-    """The input of a head whose output has the same samples in the same order."""
-    dims = [
-        1 if class_dim == 1 and len(sizes) > 1 else len(sizes) - 1
-        for sizes in (features.shape, output_shape)
-    ]
-    samples, others = (
-        [size for dim, size in enumerate(sizes) if dim != left_out and size != 1]
-        for sizes, left_out in zip((features.shape, output_shape), dims, strict=True)
-    )
-    if features.shape[dims[0]] != feature_dim or samples != others:
+    """The input of a head whose output has the same samples in the same order.
+
+    `sizes` are those of features and classes; `known` tells that the head has the layout of
+    `class_dim`. If not, no other layout may fit.
+    """
+    if (*shape, *output_shape) == (shape[0], sizes[0], shape[0], sizes[1]):
+        return  # (N, d) and (N, C)
+    fitting = []
+    for dims in itertools.product(dims_of(shape), dims_of(output_shape)):
+        samples, others = (
+            [size for dim, size in enumerate(of) if dim != left_out and size != 1]
+            for of, left_out in zip((shape, output_shape), dims, strict=True)
+        )
+        if samples == others and (shape[dims[0]], output_shape[dims[1]]) == sizes:
+            fitting += [dims] * (1 if len(set(samples)) == len(samples) else 2)
+    shapes = f"its input had shape {tuple(shape)} and its output {tuple(output_shape)}"
+    if (dim_of(class_dim, shape), dim_of(class_dim, output_shape)) not in fitting:
         raise ValueError(
-            f"the head must compute logits of the same samples from features of size {feature_dim} "
-            f"in dimension {class_dim}, but its input had shape {tuple(features.shape)} and its "
-            f"output {tuple(output_shape)}; watch the module between features and logits, or pass "
-            "feature_dim or class_dim"
+            f"the head must compute logits of the same samples from features of size {sizes[0]} "
+            f"in dimension {class_dim}, but {shapes}; watch the module between features and "
+            "logits, or pass feature_dim or class_dim"
+        )
+    if len(fitting) > 1 and not known:
+        raise ValueError(
+            f"the head may have moved dimensions: {shapes}, which fit in several orders; watch the "
+            "linear layer or convolution inside of the head"
         )
 
 

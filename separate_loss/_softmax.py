@@ -1,46 +1,45 @@
 """Softmax loss plus separate loss, for a model that returns only logits."""
 
 import warnings
-import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from separate_loss._batch import mask_ignored
-from separate_loss._checks import (
-    CLASS_DIMS,
-    CenterInit,
-    CenterUpdate,
-    ClassDim,
-    Form,
-    Reduction,
-    check_batch,
-    check_choice,
-    check_head_input,
-    check_int,
-    check_logits,
-    check_nonnegative,
-    check_vectors,
-)
-from separate_loss._layout import dim_of
-from separate_loss._modules import SeparateLoss
-from separate_loss._recorder import ForwardPass, Recorder
-from separate_loss._torch import version_of
+from separate_loss import _checks, _features
+from separate_loss._batch import compute_dtype, mask_ignored
+from separate_loss._checks import dim_of
+from separate_loss._modules import SeparateLoss, Terms
+from separate_loss._torch import compiler_moves_buffers, run_uncompiled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["SoftmaxSeparateLoss", "SoftmaxSeparateTerms"]
 
-CONVOLUTIONS = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
+
+class SeparateOptions(TypedDict, total=False):
+    """The keyword arguments of `SeparateLoss`."""
+
+    form: _checks.Form
+    center_update: _checks.CenterUpdate
+    center_lr: float | None
+    center_init: _checks.CenterInit | Tensor | None
+    weight: Tensor | None
+    ignore_index: int
+    reduction: _checks.Reduction
+    label_smoothing: float
+    process_group: "ProcessGroup | None"
+    sync_centers: bool
+    device: torch.device | str | int | None
+    dtype: torch.dtype | None
 
 
 class SoftmaxSeparateTerms(NamedTuple):
-    """The terms of Eq. 9, detached scalars; `intra` is a mean under every reduction.
+    """The terms of Eq. 9, and how many classes had a center; detached scalars.
+
+    `intra` is a mean under every reduction.
 
     Examples:
         >>> head = torch.nn.Linear(2, 2, bias=False)
@@ -64,24 +63,26 @@ class SoftmaxSeparateLoss(nn.Module):
 
     $$ L = L_s + \lambda L_{sep} \tag{9} $$
 
-    The loss records the input of `head`, and finds the features from which the logits were
-    computed. The model, its `state_dict`, its copies and its pickles do not change.
+    A hook notes what enters `head`; the loss finds it again from the logits. Pass what the model
+    returned, or a view, cast, scaling or shift of it; for everything else pass `features` too. The
+    model's `state_dict` and its `torch.export` do not change.
 
     Args:
-        head: the module that computes logits from features, for example the model's last
+        head: the module that computes logits from its first argument, for example the model's last
             `torch.nn.Linear` (`(*, d)` to `(*, C)`) or convolution (`(N, d, *)` to `(N, C, *)`).
-            Its first argument is recorded.
+        separate: a ready loss instead of a new `SeparateLoss`: any module that takes features
+            `(N, d)` and target, and returns a scalar. It is in training mode exactly when centers
+            may move. If it has `last_terms` of type `Terms`, they are read; if it has `weight`,
+            `ignore_index`, `reduction` or `label_smoothing`, the softmax loss takes them.
         separate_weight: lambda, finite and not negative: 1 with the default form, 0.9 with
-            ``form="paper"``, as in the paper. See `SeparateLoss` on large ones.
+            ``form="paper"``, as in the paper. See `SeparateLoss` on large ones. May be assigned
+            later, for example in each epoch.
         num_classes: C; None reads it from the last linear or convolutional layer in `head`.
         feature_dim: d; None reads it from the first such layer.
         class_dim: the dimension of C in the head's output and of d in its input: 1 or -1. None
             takes 1 for heads whose last such layer is a convolution, and -1 for others.
-        label_smoothing: as in `torch.nn.functional.cross_entropy`, in both terms; in [0, 1].
-        center_update, center_lr, center_init, dtype: as in `SeparateLoss`.
-        weight, ignore_index, reduction: as in `SeparateLoss`, in both terms.
-        form, process_group, sync_centers: as in `SeparateLoss`.
-        device: of the centers; None takes the head's.
+        options: of the new `SeparateLoss`; `weight`, `ignore_index`, `reduction` and
+            `label_smoothing` apply to both terms, and `device` is the head's by default.
 
     Shape:
         logits `(N, C, *)` and target `(N, *)` or `(N, C, *)`, as in
@@ -91,7 +92,8 @@ class SoftmaxSeparateLoss(nn.Module):
     Attributes:
         separate: the `SeparateLoss`, with its `centers`.
         last_terms: softmax loss (its mean for ``reduction="none"``), intra- and inter-class loss of
-            the last call, for logging; None before the first.
+            the last call and the number of classes that had a center, for logging; None before the
+            first, and if `separate` has none.
 
     Raises:
         TypeError, ValueError: an argument is of a wrong type or out of its range, or `head`
@@ -110,225 +112,209 @@ class SoftmaxSeparateLoss(nn.Module):
         Li et al., ACML 2019, PMLR 101:897-911.
     """
 
+    separate: SeparateLoss
+
     def __init__(
         self,
         head: nn.Module,
         *,
+        separate: nn.Module | None = None,
         separate_weight: float = 1.0,
         num_classes: int | None = None,
         feature_dim: int | None = None,
-        class_dim: ClassDim | None = None,
-        label_smoothing: float = 0.0,
-        form: Form = "simplex",
-        center_update: CenterUpdate = "forward",
-        center_lr: float | None = None,
-        center_init: CenterInit | Tensor | None = None,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: Reduction = "mean",
-        process_group: "ProcessGroup | None" = None,
-        sync_centers: bool = True,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
+        class_dim: _checks.ClassDim | None = None,
+        **options: Unpack[SeparateOptions],
     ) -> None:
         super().__init__()
-        if not isinstance(head, nn.Module):
-            raise TypeError(f"head must be a torch.nn.Module, got {type(head).__name__}")
-        check_nonnegative("separate_weight", separate_weight)
+        _checks.check_module("head", head)
+        self._class_dim_given = class_dim is not None
         if class_dim is None:
-            class_dim = _class_dim_of(head)
-        check_choice("class_dim", class_dim, CLASS_DIMS)
-        if device is None:
-            device = next((parameter.device for parameter in head.parameters()), None)
-        self.separate_weight = separate_weight
+            class_dim = 1 if isinstance((None, *_layers(head))[-1], _features.CONVOLUTIONS) else -1
+        _checks.check_choice("class_dim", class_dim, _checks.CLASS_DIMS)
+        if separate is not None:
+            _checks.check_module("separate", separate)
+            if options:
+                given = ", ".join(options)
+                raise TypeError(f"separate is a ready loss, so {given} must be given to it instead")
+        self.separate_weight = _checks.check_nonnegative("separate_weight", separate_weight)
         self.class_dim = class_dim
+        self.num_classes = _size_of("num_classes", num_classes, head, separate)
+        self.feature_dim = _size_of("feature_dim", feature_dim, head, separate)
         self.last_terms: SoftmaxSeparateTerms | None = None
-        self.separate = SeparateLoss(
-            _size_of("num_classes", num_classes, head),
-            _size_of("feature_dim", feature_dim, head),
-            center_update=center_update,
-            center_lr=center_lr,
-            center_init=center_init,
-            weight=weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            form=form,
-            label_smoothing=label_smoothing,
-            process_group=process_group,
-            sync_centers=sync_centers,
-            device=device,
-            dtype=dtype,
-        )
+        if separate is None:
+            if options.get("device") is None:
+                options["device"] = next((one.device for one in head.parameters()), None)
+            separate = SeparateLoss(self.num_classes, self.feature_dim, **options)
+        self.separate = separate  # type: ignore[assignment]
         self._warned: set[str] = set()
-        self._recorder: Recorder | None = None
-        self._end: weakref.finalize[Any, Any] | None = None
+        self._heads: list[_features.Head] = []
         self.watch(head)
 
     def watch(self, head: nn.Module) -> None:
-        """Records `head` instead of the present head.
+        """Accepts logits of `head` too, from its next forward pass on."""
+        _checks.check_module("head", head)
+        watched = _features.watch(head, self)
+        self._heads = list(dict.fromkeys([*self._heads, watched]))
 
-        A loss that was copied or unpickled without its head needs this call once.
+    def unwatch(self, head: nn.Module | None = None) -> None:
+        """Accepts logits of `head`, or of any head, no more; calls then need `features`.
+
+        Removes the hook if no other loss watches: `torch.jit.script` refuses hooks, and a pickle of
+        the whole model with one needs this package.
         """
-        if not isinstance(head, nn.Module):
-            raise TypeError(f"head must be a torch.nn.Module, got {type(head).__name__}")
-        self.unwatch()
-        self._recorder = Recorder()
-        self._recorder.attach(head)
-        self._detach_with_self()
-
-    def unwatch(self) -> None:
-        """Stops recording the head; calls need `features` until `watch` is called."""
-        if self._end is not None:
-            self._end()
-        self._recorder = self._end = None
+        left = self._heads if head is None else _features.heads_of(head)
+        for watched in left:
+            _features.leave(watched, id(self), head)
+        self._heads = [watched for watched in self._heads if watched not in left]
 
     def forward(self, logits: Tensor, target: Tensor, *, features: Tensor | None = None) -> Tensor:
         """Returns the loss of logits of the watched head; then, in training, updates the centers.
 
         Args:
-            logits: the output of one forward pass of the head, possibly reshaped, cast, scaled or
-                shifted, with the samples in the same order. Several passes may run before the
-                calls. Several calls may use one pass until its graph is freed; the first of them
-                updates the centers.
+            logits: what the model returned for one forward pass of the head, or a view, cast,
+                scaling or shift of it, with the samples in the same order. Several passes may run
+                before the calls. Several calls may use one pass until its graph is freed; the first
+                of them updates the centers.
             target: class indices or class probabilities.
             features: the features of each sample, `(N, d, *)` or `(*, d)` as the head takes them.
-                None takes those that were recorded with the logits.
+                None takes those that were noted for the logits.
 
         Returns:
             The loss under `reduction`.
         """
-        check_vectors("logits", logits)
+        if torch.compiler.is_compiling() and not compiler_moves_buffers():
+            loss: Tensor = run_uncompiled(self._joint_loss, logits, target, features)
+            return loss
+        return self._joint_loss(logits, target, features)
+
+    def _joint_loss(self, logits: Tensor, target: Tensor, features: Tensor | None) -> Tensor:
+        separate: nn.Module = self.separate
+        _checks.check_nonnegative("separate_weight", self.separate_weight)
+        _checks.check_vectors("logits", logits)
+        noted, changed_by, recorded = None, None, True
         if features is None:
-            features, class_dim, forward_pass = self._features_of(logits)
-            moving, recorded = (
-                forward_pass.training and not forward_pass.moved,
-                forward_pass.recorded,
+            noted, dim, changed_by = _features.find(logits, self.class_dim, self._heads)
+            features, sizes = noted.features, (self.feature_dim, self.num_classes)
+            _checks.check_vectors("the head's input", features)
+            known = noted.head.class_dim == self.class_dim
+            _checks.check_head_input(
+                features.shape, noted.sizes, sizes, self.class_dim, known=known
             )
+            feature_dim = dim_of(self.class_dim, features.shape)
+            moving = noted.training and id(self) not in noted.moved
+            # Logits that were detached from their graph are for logging.
+            recorded = noted.recorded and not (noted.requires_grad and logits.is_leaf)
         else:
-            check_vectors("features", features)
-            forward_pass, class_dim = None, self._class_dim_by_shape(logits, target)
-            moving, recorded = self._head_trains(), True
-        logits, target, features = self._class_last(logits, target, features, class_dim)
-        separate = self.separate
-        softmax = _softmax_loss(logits, target, separate)
-        # Last, so that invalid input does not change the centers.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and recorded):
-            self._warn(logits, features, forward_pass is not None and not forward_pass.training)
-            # Flat, since maps of d x d pixels with d features fit two orders.
-            flat = target.reshape(-1, *target.shape[logits.ndim - 1 :])
-            features = features.reshape(-1, separate.feature_dim)
-            loss = separate._step(features, flat, may_update=moving)
-            if forward_pass is not None and torch.is_grad_enabled() and separate.training:
-                forward_pass.moved = True
-        if separate.last_terms is not None:
-            self.last_terms = SoftmaxSeparateTerms(softmax.detach().mean(), *separate.last_terms)
-        loss = softmax.reshape(loss.shape) + self.separate_weight * loss
-        return loss.reshape(logits.shape[:-1]) if separate.reduction == "none" else loss
+            _checks.check_vectors("features", features)
+            dim, feature_dim = self._dims_of(logits, target, features)
+            modules = [watched.module() for watched in self._heads if watched.module is not None]
+            moving = all(module.training for module in modules if module is not None)
+        _checks.check_logits(logits, target, dim, self.num_classes)
+        rows = _rows_last(logits, dim)
+        if target.is_floating_point() and target.ndim == logits.ndim:
+            target = _rows_last(target, dim)
+        _checks.check_batch(rows, target, self.num_classes, name="logits")
+        samples, features = rows.shape[:-1], _rows_last(features, feature_dim)
+        if rows.ndim != 2:
+            rows = rows.reshape(-1, self.num_classes)
+            target = target.reshape(-1, *[self.num_classes] * target.is_floating_point())
+        if features.shape[:-1] != rows.shape[:-1]:
+            features = features.reshape(-1, self.feature_dim)
+        softmax = _softmax_loss(rows, target, separate)
+        if recorded:
+            self._warn(logits, features, noted, changed_by)
+        moving = moving and recorded and separate.training and torch.is_grad_enabled()
+        # Last, so that invalid input does not move the centers.
+        with nullcontext() if recorded else torch.no_grad():
+            loss = _call(separate, moving, features, target)
+        if noted is not None and moving:
+            noted.moved.add(id(self))
+        terms, mean = getattr(separate, "last_terms", None), softmax.detach()
+        mean = mean.mean() if mean.ndim else mean
+        self.last_terms = SoftmaxSeparateTerms(mean, *terms) if isinstance(terms, Terms) else None
+        loss = softmax + self.separate_weight * loss
+        return loss.reshape(samples) if loss.ndim else loss
 
-    def _features_of(self, logits: Tensor) -> tuple[Tensor, int, ForwardPass]:
-        """Features, the class dimension of the logits, and the recorded pass."""
-        recorder = self._recorder
-        if recorder is None:
-            raise RuntimeError("no head is watched; call watch(head) first")
-        forward_pass = recorder.take_compiled(logits) if torch.compiler.is_compiling() else None
-        if forward_pass is None:
-            forward_pass, class_dim = recorder.find(logits, self.class_dim)
-        else:
-            class_dim = dim_of(self.class_dim, logits.shape)
-        features: Tensor = forward_pass.features
-        check_vectors("the head's input", features)
-        if not forward_pass.recorded and torch.is_grad_enabled() and logits.requires_grad:
-            raise RuntimeError(
-                "the watched head ran without recording gradients, so its features would get no "
-                "gradient; run the model with gradients on, and use_reentrant=False in "
-                "torch.utils.checkpoint"
-            )
-        if forward_pass.version is not None and version_of(features) != forward_pass.version:
-            raise RuntimeError(
-                "the head's input was changed in place after the head had read it; use "
-                "operators that are not in place, such as torch.nn.ReLU(inplace=False)"
-            )
-        check_head_input(features, forward_pass.sizes, self.class_dim, self.separate.feature_dim)
-        return features, class_dim, forward_pass
+    def _dims_of(self, logits: Tensor, target: Tensor, features: Tensor) -> tuple[int, int]:
+        """The dimensions of the classes in logits and of d in features that were given."""
+        found, fits = [], features.numel() * self.num_classes == logits.numel() * self.feature_dim
+        for name, of in (("logits", logits), ("features", features)):
+            size = self.num_classes if of is logits else self.feature_dim
+            dims = [dim for dim in _checks.dims_of(of.shape) if of.shape[dim] == size]
+            if of is logits and not target.is_floating_point():
+                shape = list(target.shape)
+                dims = [dim for dim in dims if [*shape[:dim], size, *shape[dim:]] == [*of.shape]]
+            if of is features and not (dims and fits):
+                raise ValueError(
+                    f"features must hold {size} values for each of the samples of logits of shape "
+                    f"{tuple(logits.shape)}, got shape {tuple(features.shape)}"
+                )
+            if len(dims) > 1 and not self._class_dim_given:
+                raise ValueError(
+                    f"{name} of shape {tuple(of.shape)} fit with the classes in dimension 1 and in "
+                    "the last; pass class_dim to SoftmaxSeparateLoss"
+                )
+            dim = dim_of(self.class_dim, of.shape)
+            found.append(dims[0] if dims and dim not in dims else dim)
+        return found[0], found[1]
 
-    def _class_dim_by_shape(self, logits: Tensor, target: Tensor) -> int:
-        """The class dimension that fits the target; that of the head if both fit."""
-        for class_dim in (self.class_dim, -self.class_dim):
-            dim = dim_of(class_dim, logits.shape)
-            samples = (*logits.shape[:dim], *logits.shape[dim + 1 :])
-            fits = target.shape == (logits.shape if target.is_floating_point() else samples)
-            if fits and logits.shape[dim] == self.separate.num_classes:
-                return dim
-        return dim_of(self.class_dim, logits.shape)
-
-    def _class_last(
-        self, logits: Tensor, target: Tensor, features: Tensor, class_dim: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Validated arguments, with classes and features in the last dimension."""
-        separate = self.separate
-        check_logits(logits, target, class_dim, separate.num_classes)
-        logits = logits.movedim(class_dim, -1)
-        if target.is_floating_point():
-            target = target.movedim(class_dim, -1)
-        check_batch(logits, target, separate.num_classes, name="logits")
-        samples = logits.shape[:-1]
-        for feature_dim in (self.class_dim, -self.class_dim):
-            last = features.movedim(dim_of(feature_dim, features.shape), -1)
-            if (
-                last.shape[-1] == separate.feature_dim
-                and last.shape[:-1].numel() == samples.numel()
-            ):
-                return logits, target, last.reshape(*samples, separate.feature_dim)
-        raise ValueError(
-            f"features must hold {separate.feature_dim} values for each of the samples of logits "
-            f"of shape {tuple(logits.shape)}, got shape {tuple(features.shape)}"
-        )
-
-    def _head_trains(self) -> bool:
-        head = None if self._recorder is None else self._recorder.module
-        module = None if head is None else head()
-        return module is None or module.training
-
-    def _warn(self, logits: Tensor, features: Tensor, head_in_evaluation: bool) -> None:
+    def _warn(self, logits: Tensor, features: Tensor, noted: Any, changed_by: str | None) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        separate = self.separate
-        if head_in_evaluation and separate.training and separate.center_update == "forward":
-            self._warn_once(
+        texts, separate = [], self.separate
+        moves = getattr(separate, "center_update", "none") not in ("gradient", "none")
+        if noted is not None and not noted.training and separate.training and moves:
+            texts.append(
                 "the head ran in evaluation mode with gradients on, so the centers do not move; "
                 "to validate, use torch.no_grad() and criterion.eval(); to train a model in "
                 "evaluation mode, call head.train(), which has no effect on a linear layer"
             )
         if logits.requires_grad and not features.requires_grad:
-            self._warn_once(
+            texts.append(
                 "the features require no gradient, so the separate loss only updates centers: "
                 "ignore this if all layers before the head are frozen; if the head is the whole "
                 "model, pass its last layer as head"
             )
-
-    def _warn_once(self, text: str) -> None:
-        if text not in self._warned:
+        if changed_by is not None and separate.training:
+            module = type(noted.head.module()).__name__
+            texts.append(
+                f"operator {changed_by!r} changed the output of the watched {module}: without a "
+                "graph, as in validation under torch.no_grad(), such logits are refused; watch the "
+                f"module that returns them, such as torch.nn.Sequential({module}(...), ...), or "
+                "pass features there"
+            )
+        for text in set(texts) - self._warned:
             self._warned.add(text)
             warnings.warn(text, stacklevel=6)
 
-    def _detach_with_self(self) -> None:
-        # Remove the hooks when the loss is deleted; the head may live on.
-        if self._recorder is not None:
-            self._end = weakref.finalize(self, self._recorder.detach)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_end": None}  # type: ignore[no-untyped-call]
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._detach_with_self()
+        for watched in self._heads:
+            _features.join(watched, self)
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
         return (
-            f"separate_weight={self.separate_weight}, "
-            f"class_dim={self.class_dim}, watching={self._recorder is not None}"
+            f"separate_weight={self.separate_weight}, class_dim={self.class_dim}, "
+            f"watching={bool(self._heads)}"
         )
+
+
+def _rows_last(tensor: Tensor, dim: int) -> Tensor:
+    return tensor if dim == tensor.ndim - 1 else tensor.movedim(dim, -1)
+
+
+def _call(separate: nn.Module, moving: bool, features: Tensor, target: Tensor) -> Tensor:
+    """Calls a loss, in training mode only if its centers may move."""
+    modes = [] if moving else [(one, one.training) for one in separate.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        loss: Tensor = separate(features, target)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return loss
 
 
 def _layers(head: nn.Module) -> list[nn.Module]:
@@ -337,30 +323,23 @@ def _layers(head: nn.Module) -> list[nn.Module]:
 
 
 def _size(layer: nn.Module, side: str) -> int | None:
-    for name in (f"{side}_features", f"{side}_channels"):
-        size = getattr(layer, name, None)
-        if isinstance(size, int) and size > 0:
-            return size
-    return None
+    sizes = (getattr(layer, f"{side}_{kind}", None) for kind in ("features", "channels"))
+    return next((size for size in sizes if isinstance(size, int) and size > 0), None)
 
 
-def _class_dim_of(head: nn.Module) -> ClassDim:
-    layers = _layers(head)
-    return 1 if layers and isinstance(layers[-1], CONVOLUTIONS) else -1
-
-
-def _size_of(name: str, given: int | None, head: nn.Module) -> int:
-    """The argument, else the size of the head's layers."""
-    layers = _layers(head)
+def _size_of(name: str, given: int | None, head: nn.Module, separate: nn.Module | None) -> int:
+    """The argument, else the size of a ready loss, else that of the head's layers."""
+    layers, ready = _layers(head), getattr(separate, name, None)
     found = None
     if layers:
         found = _size(layers[-1], "out") if name == "num_classes" else _size(layers[0], "in")
-    # With several layers, the argument may name another one.
-    if given is not None and found not in (None, given) and len(layers) == 1:
-        if name == "num_classes" and found == 1:
-            check_int(name, found, least=2)
-        raise ValueError(f"{name} must be {found}, as in the head, or None, got {given}")
-    size = found if given is None else given
+    if name == "num_classes" and found == 1:
+        _checks.check_int(name, found, least=2)
+    for source, size in ((name, given), (f"separate.{name}", ready)):
+        # With several layers, the argument may name another one.
+        if size is not None and found not in (None, size) and len(layers) == 1:
+            raise ValueError(f"{source} must be {found}, as in the head, or None, got {size}")
+    size = next((size for size in (given, ready, found) if size is not None), None)
     if size is None:
         raise ValueError(
             f"{name} must be given: head {type(head).__name__} has no layer that defines it; "
@@ -369,21 +348,23 @@ def _size_of(name: str, given: int | None, head: nn.Module) -> int:
     return size
 
 
-def _softmax_loss(logits: Tensor, target: Tensor, separate: SeparateLoss) -> Tensor:
-    """Softmax loss of logits `(*, C)`, in float32 or wider."""
-    logits = logits.reshape(-1, separate.num_classes)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    weight = separate.weight
-    options: dict[str, Any] = {
-        "weight": None if weight is None else weight.to(logits.dtype),
-        "reduction": separate.reduction,
-        "label_smoothing": separate.label_smoothing,
-    }
-    if target.is_floating_point():
-        target = target.reshape(logits.shape).to(logits.dtype)
-    else:
-        target = target.reshape(-1).long()
-        # Raises a clearer error for labels out of range than cross_entropy.
-        mask_ignored(target, separate.num_classes, separate.ignore_index)
-        options["ignore_index"] = separate.ignore_index
-    return nn.functional.cross_entropy(logits, target, **options)
+def _softmax_loss(logits: Tensor, target: Tensor, separate: nn.Module) -> Tensor:
+    """Softmax loss of logits `(N, C)`, in float32 or wider."""
+    logits = logits.to(compute_dtype(logits))
+    weight, ignore_index = (
+        getattr(separate, "weight", None),
+        getattr(separate, "ignore_index", -100),
+    )
+    soft = target.is_floating_point()
+    try:
+        return nn.functional.cross_entropy(
+            logits,
+            target.to(logits.dtype) if soft else target.long(),
+            None if weight is None else weight.to(logits.dtype),
+            ignore_index=-100 if soft else ignore_index,
+            reduction=getattr(separate, "reduction", "mean"),
+            label_smoothing=getattr(separate, "label_smoothing", 0.0),
+        )
+    except IndexError:  # Labels out of range, for which this has a clearer error.
+        mask_ignored(target, logits.shape[-1], ignore_index)
+        raise

@@ -4,6 +4,7 @@ Each docstring says what the function returns if a release lacks the name. No ot
 package uses a private name of torch.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -89,21 +90,24 @@ def not_compiled(function: Function) -> Function:
     return function
 
 
+@not_compiled
+def run_uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs a function, and what it calls, in Python in compiled code, whose graph breaks."""
+    # The mark alone would leave what the function calls to the compiler.
+    return torch.compiler.disable(function)(*arguments)
+
+
 def compiler_moves_buffers() -> bool:
     """Whether compiled code updates a buffer once; before 2.8 the backward pass repeats it."""
     return RELEASE >= (2, 8)
 
 
 def is_exporting() -> bool:
-    """Whether torch.export traces; False before 2.7, which cannot tell it from compiling."""
-    exporting = _found(torch.compiler, "is_exporting")
-    return exporting is not None and bool(exporting())
+    """Whether torch.export traces; False before 2.7, which cannot tell it from compiling.
 
-
-def in_backward() -> bool:
-    """Whether this thread runs a backward pass; False if it is unknown."""
-    task = _found(torch._C, "_current_graph_task_id")
-    return task is not None and task() != -1
+    The compiler of 2.7 to 2.11 takes the public function for True.
+    """
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 def backward_keeps_graph() -> bool:
@@ -112,15 +116,16 @@ def backward_keeps_graph() -> bool:
     return keeps is None or bool(keeps())
 
 
-def metadata_of(node: Any) -> dict[Any, Any]:
-    """The metadata dictionary of an autograd node; a temporary one if it has none."""
+def notes_of(node: Any) -> dict[Any, Any]:
+    """A dictionary that lives with an autograd node; a temporary one if it has none."""
     notes: dict[Any, Any] = getattr(node, "metadata", {})
     return notes
 
 
-def saved(node: Any, name: str) -> Any:
-    """What an autograd node has saved under a name; None if nothing."""
-    return getattr(node, f"_saved_{name}", None)
+def sizes_of(node: Any, number: int) -> tuple[int, ...]:
+    """The sizes of an output of an autograd node; () if they are unknown."""
+    known = getattr(node, "_input_metadata", ())
+    return tuple(known[number].shape) if number < len(known) else ()
 
 
 def version_of(value: Any) -> int | None:
@@ -130,24 +135,23 @@ def version_of(value: Any) -> int | None:
     return getattr(value, "_version", None)
 
 
-def storage_of(tensor: Tensor) -> Any:
-    """A weak reference to a tensor's memory; references to the same memory are equal.
-
-    None for tensors without memory, such as the wrappers of torch.func.
-    """
-    reference = _found(torch.multiprocessing, "reductions.StorageWeakRef")
+def memory_of(tensor: Any) -> Any:
+    """A dictionary that lives with a tensor's memory, shared by views; None without memory."""
     try:
-        return None if reference is None else reference(tensor.untyped_storage())
-    except (NotImplementedError, RuntimeError):
+        return vars(tensor.untyped_storage())
+    except (AttributeError, NotImplementedError, RuntimeError):  # such as wrappers of torch.func
         return None
 
 
-def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+def hooks_of(module: nn.Module | None) -> list[dict[int, Any]]:
     """The dictionaries of a module's forward hooks; empty if a release has other names."""
     names = "_forward_pre_hooks", "_forward_hooks"
     return [hooks for name in names if (hooks := _found(module, name)) is not None]
 
 
-def is_replica(module: nn.Module) -> bool:
-    """Whether a module is a replica of DataParallel; False if it is unknown."""
-    return bool(_found(module, "_is_replica"))
+def show_hooks(module: nn.Module | None, shown: bool) -> None:
+    """Lets the compiler see that hooks came or went: it guards on these types, not on hooks."""
+    for name in ("_parameters", "_modules"):
+        old, new = (dict, OrderedDict) if shown else (OrderedDict, dict)
+        if type(getattr(module, name, None)) is old:
+            vars(module)[name] = new(vars(module)[name])

@@ -12,7 +12,7 @@ backbone = nn.Sequential(nn.Linear(PATTERN_SIZE, 64), nn.ReLU(), nn.Linear(64, 1
 head = nn.Linear(16, NUM_CLASSES)
 optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=3e-3)
 
-# The model alone. Create the loss first, so that the compiler sees the watched head.
+# The model alone.
 model = nn.Sequential(backbone, head)
 criterion = SoftmaxSeparateLoss(head)
 compiled_model = torch.compile(model, fullgraph=True)

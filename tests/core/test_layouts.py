@@ -44,7 +44,7 @@ def joint_loss(
     softmax = F.cross_entropy(logits, target, weight=weight, label_smoothing=label_smoothing)
     probabilities = F.one_hot(target, NUM_CLASSES).to(features.dtype)
     probabilities = (1 - label_smoothing) * probabilities + label_smoothing / NUM_CLASSES
-    return softmax + 0.9 * separate_loss(features, probabilities, centers, weight=weight)
+    return softmax + separate_loss(features, probabilities, centers, weight=weight)
 
 
 def rows(values: Tensor, class_dim: int) -> Tensor:
@@ -83,10 +83,10 @@ def test_every_layout_equals_samples_in_rows(
     else:
         features = torch.randn(num_samples, FEATURE_DIM, *places, dtype=torch.float64)
         head = Transposed()
-        if kind == "transposed":
-            options["class_dim"] = 1
-        else:
+        if kind != "transposed":
             head = CONVOLUTIONS[kind](FEATURE_DIM, NUM_CLASSES, 1)
+    if given_features or kind == "transposed":
+        options["class_dim"] = class_dim
     head.double()
     target = torch.randint(NUM_CLASSES, (num_samples, *places))
     target[torch.rand(target.shape) < ignored] = 255
@@ -99,7 +99,16 @@ def test_every_layout_equals_samples_in_rows(
 
     leaf = features.clone().requires_grad_()
     extra = {"features": leaf} if given_features else {}
-    loss = criterion(head(leaf), target, **extra)
+    try:
+        loss = criterion(head(leaf), target, **extra)
+    except ValueError as refusal:
+        # Only the type of a head can tell that it moved no dimension.
+        assert "watch the linear layer or convolution" in str(refusal)  # noqa: PT017
+        assert kind == "transposed"
+        assert not given_features
+        numbers = [size for size in target.shape if size != 1]
+        assert len({*numbers}) < len(numbers) or places[-1] in (NUM_CLASSES, FEATURE_DIM)
+        return
     options.pop("class_dim", None)
     twin = features.clone().requires_grad_()
     samples = rows(twin, class_dim)
@@ -131,7 +140,7 @@ def test_a_flattened_convolution_is_a_head(dims: int, num_samples: int) -> None:
     criterion = SoftmaxSeparateLoss(head, center_init="sphere")
     centers = criterion.separate.centers.clone()
     logits = model(features)
-    expected = F.cross_entropy(logits, target) + 0.9 * separate_loss(
+    expected = F.cross_entropy(logits, target) + separate_loss(
         features.flatten(1), target, centers
     )
     torch.testing.assert_close(criterion(logits, target), expected)
@@ -153,7 +162,7 @@ def test_probabilities_have_the_layout_of_the_logits() -> None:
     features = torch.randn(3, FEATURE_DIM, NUM_CLASSES, requires_grad=True)
     target = torch.rand(3, NUM_CLASSES, NUM_CLASSES).softmax(1)
     logits = head(features)
-    expected = F.cross_entropy(logits, target) + 0.9 * separate_loss(
+    expected = F.cross_entropy(logits, target) + separate_loss(
         rows(features, 1), rows(target, 1), criterion.separate.centers
     )
     torch.testing.assert_close(criterion(logits, target), expected)
@@ -173,3 +182,53 @@ def test_targets_of_another_shape_are_refused(
     criterion = SoftmaxSeparateLoss(head)
     with pytest.raises(ValueError, match=expected):
         criterion(head(torch.randn(features)), torch.zeros(target, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("class_dim", [None, 1, -1])
+@pytest.mark.parametrize("length", [7, NUM_CLASSES, FEATURE_DIM])
+def test_heads_that_move_dimensions_are_refused(class_dim: Any, length: int) -> None:
+    """The error points to the layer inside, which is accepted."""
+
+    class Moving(nn.Module):
+        def __init__(self, first: int, second: int) -> None:
+            super().__init__()
+            self.dims, self.linear = (first, second), nn.Linear(FEATURE_DIM, NUM_CLASSES)
+
+        def forward(self, features: Tensor) -> Tensor:
+            logits: Tensor = self.linear(features.transpose(*self.dims))
+            return logits
+
+    for dims, sizes in (
+        ((1, 2), (3, FEATURE_DIM, length)),
+        ((0, 1), (length, length, FEATURE_DIM)),
+    ):
+        head = Moving(*dims)
+        criterion = SoftmaxSeparateLoss(head, class_dim=class_dim)
+        features = torch.randn(sizes, requires_grad=True)
+        logits = head(features)
+        target = torch.zeros(logits.shape[:-1], dtype=torch.int64)
+        with pytest.raises(ValueError, match="watch the"):
+            criterion(logits, target)
+        SoftmaxSeparateLoss(head.linear)(head(features), target)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_given_features_that_fit_both_layouts_need_the_class_dimension(given: bool) -> None:
+    head = nn.Linear(FEATURE_DIM, NUM_CLASSES)
+    features = torch.randn(3, FEATURE_DIM, FEATURE_DIM, requires_grad=True)
+    target = torch.randint(NUM_CLASSES, (3, FEATURE_DIM))
+    if given:
+        criterion = SoftmaxSeparateLoss(
+            head, class_dim=-1, center_update="none", center_init="sphere"
+        )
+        logits = head(features)
+        torch.testing.assert_close(
+            criterion(logits, target, features=features), criterion(logits, target)
+        )
+        return
+    criterion, logits = SoftmaxSeparateLoss(head), head(features)
+    with pytest.raises(ValueError, match=r"features of shape \(3, 6, 6\) fit .*pass class_dim"):
+        criterion(logits, target, features=features)
+    square = torch.randn(3, NUM_CLASSES, FEATURE_DIM)
+    with pytest.raises(ValueError, match=r"logits of shape \(3, 4, 4\) fit .*pass class_dim"):
+        criterion(head(square).mT, target[:, :NUM_CLASSES], features=square)

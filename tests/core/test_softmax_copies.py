@@ -75,7 +75,7 @@ def test_a_copied_loss_watches_the_copied_head(way: str, loss_first: bool, compi
     assert torch.equal(call(inputs, TARGET), original(inputs, TARGET))
     torch.testing.assert_close(twin.criterion.separate.centers, original.criterion.separate.centers)
     for mine, other in ((twin, original), (original, twin)):
-        with pytest.raises(RuntimeError, match="no forward pass of the watched head has led"):
+        with pytest.raises(RuntimeError, match="another head has led to logits"):
             mine.criterion(other.model(inputs), TARGET)
     optimizer = torch.optim.SGD(twin.parameters(), 0.1)
     for _ in range(3):
@@ -108,7 +108,8 @@ def test_a_loss_copied_alone_watches_nothing() -> None:
 
 
 def test_a_watched_model_is_saved_without_the_loss() -> None:
-    model, _ = model_and_loss()
+    model, other = model_and_loss()
+    other.unwatch()
     state = pickle.dumps(model.state_dict())
     criterion = SoftmaxSeparateLoss(model[-1])
     assert pickle.dumps(model.state_dict()) == state
@@ -116,12 +117,13 @@ def test_a_watched_model_is_saved_without_the_loss() -> None:
     assert not list(criterion.parameters())
     inputs = inputs_of()
     for twin in (copy.deepcopy(model), pickled(model), copy.deepcopy(pickled(model))):
-        assert b"separate_loss" not in pickle.dumps(twin)
         assert torch.equal(twin(inputs), model(inputs))
         criterion(model(inputs), TARGET)
         with pytest.raises(RuntimeError, match="no forward pass of the watched head has led"):
             criterion(twin(inputs), TARGET)  # the copy is not watched
     assert torch.export.export(model, (inputs,)).module()(inputs).shape == (6, NUM_CLASSES)
+    criterion.unwatch(model[-1])
+    assert b"separate_loss" not in pickle.dumps(model)
 
 
 def test_hooks_are_removed_with_the_loss() -> None:
@@ -140,7 +142,7 @@ def test_hooks_of_a_copied_model_can_be_removed() -> None:
     model, criterion = model_and_loss()
     twin = copy.deepcopy(model)
     assert twin[-1]._forward_hooks
-    criterion.watch(twin[-1])
+    criterion.unwatch(twin[-1])
     criterion.unwatch()
     for module in (model, twin):
         assert not module[-1]._forward_hooks

@@ -90,7 +90,7 @@ def test_a_dropped_output_does_not_disturb_earlier_passes() -> None:
         model(inputs_of())
     for batch, output in zip(batches, outputs, strict=True):
         separate = separate_loss(model[0](batch), TARGET, CENTERS)
-        expected = F.cross_entropy(output, TARGET) + 0.9 * separate
+        expected = F.cross_entropy(output, TARGET) + separate
         torch.testing.assert_close(criterion(output.double().float().clone(), TARGET), expected)
 
 
@@ -100,7 +100,7 @@ def test_two_models_do_not_mix() -> None:
     outputs = [model(batch) for (model, _), batch in zip(pairs, batches, strict=True)]
     for (model, criterion), batch, output in reversed([*zip(pairs, batches, outputs, strict=True)]):
         separate = separate_loss(model[0](batch), TARGET, CENTERS)
-        expected = F.cross_entropy(output, TARGET) + 0.9 * separate
+        expected = F.cross_entropy(output, TARGET) + separate
         torch.testing.assert_close(criterion(output, TARGET), expected)
 
 
@@ -173,7 +173,7 @@ def test_a_checkpointed_head_counts_as_one_pass(use_reentrant: bool) -> None:
     batch = inputs_of().requires_grad_()
     logits = checkpoint(model, batch, use_reentrant=use_reentrant)
     if use_reentrant:
-        with pytest.raises(RuntimeError, match="ran without recording gradients"):
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
             criterion(logits, TARGET)
         return
     criterion(logits, TARGET).backward()
@@ -202,7 +202,7 @@ def test_threads_that_train_and_evaluate_do_not_mix() -> None:
                     problems.append(str(error))
                     return
             separate = separate_loss(features, target, CENTERS)
-            if not torch.allclose(loss, F.cross_entropy(logits, target) + 0.9 * separate):
+            if not torch.allclose(loss, F.cross_entropy(logits, target) + separate):
                 problems.append("features of another pass")
 
     arguments: list[Any] = [(bool(number % 2), number) for number in range(4)]

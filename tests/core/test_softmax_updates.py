@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from separate_loss import SoftmaxSeparateLoss
+from separate_loss._features import find
 from tests.helpers.heads import (
     CENTERS,
     FEATURE_DIM,
@@ -117,8 +118,12 @@ def test_kept_outputs_keep_few_features() -> None:
         kept = [model(inputs_of()) for _ in range(20)]
         assert freed(features) == [True] * 12 + [False] * 8
         kept.clear()
-        model(inputs_of())
-        assert freed(features) == [True] * 20 + [False]
+        for _ in range(2):
+            model(inputs_of())
+        assert freed(features) == [True] * 20 + [False] * 2
+    for _ in range(2):
+        criterion(model(inputs_of()), TARGET).backward()
+    assert all(freed(features))
     features.clear()
     for _ in range(3):
         kept.append(model(inputs_of()))
@@ -134,14 +139,11 @@ def test_kept_outputs_keep_few_features() -> None:
 def test_recorded_features_are_freed_with_the_graph(mode: str) -> None:
     model, criterion = model_and_loss()
     call, _ = in_mode(mode, model)
-    recorder: Any = criterion._recorder
     kept = []
     for _ in range(3):
         logits = call(inputs_of())
         criterion(logits, TARGET)
-        one, _ = recorder.find(logits, -1)
-        features = weakref.ref(one.features)
-        del one
+        features = weakref.ref(find(logits, -1, criterion._heads)[0].features)
         criterion(logits, TARGET).backward()
         kept.append(logits)
         gc.collect()

@@ -186,6 +186,23 @@ def test_training_equals_that_on_a_cpu(
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:Online softmax is disabled:UserWarning")
+def test_steps_reduced_to_cuda_graphs_equal_plain_ones() -> None:
+    """The compiled model's outputs lie in memory that the next step takes."""
+    plain, trained = Trained(DEVICE), Trained(DEVICE)
+    expected = plain.run()
+    model = trained.model
+    trained.model = torch.compile(model, mode="reduce-overhead")  # type: ignore[assignment]
+    found = trained.run()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    plain.criterion.eval()
+    trained.criterion.eval()
+    for inputs, target in [*trained.batches, *trained.batches]:
+        with torch.no_grad():
+            value = trained.criterion(trained.model(inputs).float(), target)
+            torch.testing.assert_close(value, plain.criterion(plain.model(inputs).float(), target))
+
+
 @pytest.mark.parametrize("backend_name", BACKENDS)
 def test_a_step_never_waits_for_the_device(backend_name: str) -> None:
     with use_backend(backend_name):

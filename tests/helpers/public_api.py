@@ -5,7 +5,7 @@ import inspect
 import pkgutil
 import types
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, ForwardRef, Union, Unpack, get_args, get_origin
 
 import separate_loss
 
@@ -47,6 +47,11 @@ def _arguments(function: Any) -> list[str]:
     signature = inspect.signature(function)
     lines = []
     for name, argument in signature.parameters.items():
+        if get_origin(argument.annotation) is Unpack:
+            (options,) = get_args(argument.annotation)
+            for option, annotation in options.__annotations__.items():
+                lines.append(f"    {option}: {_type(annotation)} (keyword-only)")
+            continue
         line = f"    {name}"
         if argument.annotation is not inspect.Parameter.empty:
             line += f": {_type(argument.annotation)}"
@@ -62,6 +67,8 @@ def _type(annotation: Any) -> str:
     """The name of a type, the same in every version of Python and torch."""
     if isinstance(annotation, str):
         return annotation
+    if isinstance(annotation, ForwardRef):
+        return annotation.__forward_arg__
     if annotation in (None, types.NoneType):
         return "None"
     if get_origin(annotation) in (Union, types.UnionType):
