@@ -166,7 +166,7 @@ def test_wrong_options_are_refused_by_name(
 
 def test_the_options_are_those_of_the_separate_loss() -> None:
     names = [*inspect.signature(SeparateLoss).parameters]
-    own = {"num_classes", "feature_dim", "label_smoothing"}
+    own = {"num_classes", "feature_dim"}
     assert set(SeparateOptions.__annotations__) == set(names) - own
     head = nn.Linear(FEATURE_DIM, NUM_CLASSES, device="meta")
     assert SoftmaxSeparateLoss(head).separate.centers.is_meta
