@@ -72,7 +72,7 @@ def test_loss_gradients_and_centers_are_those_of_a_hand_written_loop(
     torch.testing.assert_close(grads, expected_grads)
 
     other = SeparateLoss(*centers.shape, center_init=centers, dtype=torch.float64)
-    other(features, soft)
+    other(features, target)
     torch.testing.assert_close(criterion.separate.centers, other.centers)
 
 

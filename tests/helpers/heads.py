@@ -11,7 +11,9 @@ from separate_loss import SoftmaxSeparateLoss
 from separate_loss.functional import intra_class_loss
 
 INPUT_DIM, FEATURE_DIM, NUM_CLASSES = 5, 6, 4
-CENTERS = torch.randn(NUM_CLASSES, FEATURE_DIM, generator=torch.Generator().manual_seed(1))
+CENTERS = torch.nn.functional.normalize(
+    torch.randn(NUM_CLASSES, FEATURE_DIM, generator=torch.Generator().manual_seed(1)), dim=-1
+)
 TARGET = torch.arange(6) % NUM_CLASSES
 MODES = ["graph", "no_grad", "inference", "compiled", "compiled without a graph"]
 
