@@ -48,6 +48,10 @@ SELECTING = {"Index", "IndexSelect", "MaskedSelect", "Select", "Slice", "Split",
 # Of DistributedDataParallel and backward hooks: each output is the input of the same number.
 PASSING = {"_DDPSinkBackward", "BackwardHookFunctionBackward"}
 
+NO_PASS = (
+    "no forward pass of the watched head has led to logits; call watch(head) with the head that "
+    "runs (a copied or unpickled loss needs that, unless its head was copied with it)"
+)
 Step = tuple[Any, int]  # a node of autograd's graph, and the number of its output
 
 
@@ -59,7 +63,7 @@ class Head:
         self.is_layer = is_layer  # which changes no input in place
         self.name = f"{NAME}_{next(COUNT)}"  # of its notes
         self.losses: set[int] = set()  # that watch, by their ids
-        self.active = self.seen = False  # whether a loss watches, and whether a pass was noted
+        self.active = False  # whether a loss watches
         self.module: weakref.ref[nn.Module] | None = None  # unknown in a copy until it runs
         self.inputs: dict[int, tuple[Any, Any]] = {}  # of passes that run, by thread
         self.recent: deque[weakref.ref[ForwardPass]] = deque()  # without a graph
@@ -90,10 +94,6 @@ class ForwardPass:
 
 
 Found = tuple[ForwardPass, int, str | None]
-
-
-class Refused(Exception):  # noqa: N818
-    """Why logits are refused, and the node of the operator that caused it."""
 
 
 def watch(module: nn.Module, loss: nn.Module) -> Head:
@@ -233,7 +233,7 @@ def _tensors(output: Any) -> list[Tensor]:
 def _note(noted: ForwardPass, output: Tensor) -> None:
     """Notes a pass where logits that come from its output lead to it."""
     head, node, reference = noted.head, output.grad_fn, weakref.ref(noted)
-    head.seen, noted.output, memory = True, weakref.ref(output), _torch.memory_of(output)
+    noted.output, memory = weakref.ref(output), _torch.memory_of(output)
 
     def after_backward(*_: object) -> None:
         if not _torch.backward_keeps_graph() and (noted := reference()):
@@ -287,13 +287,10 @@ def _find(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
         for output, new in compiled:
             with suppress(RuntimeError):  # The next CUDA graph may have taken the memory.
                 _note(new, output)
-    try:
-        way = _without_graph if logits.grad_fn is None else _by_graph
-        noted, dim, changed_by = way(logits, class_dim, heads)
-        if dim not in (1, logits.ndim - 1):
-            raise Refused(f"logits have the classes in dimension {dim}, not in 1 or the last")
-    except Refused as refusal:
-        raise RuntimeError(_explained(*refusal.args, heads=heads)) from None
+    way = _without_graph if logits.grad_fn is None else _by_graph
+    noted, dim, changed_by = way(logits, class_dim, heads)
+    if dim not in (1, logits.ndim - 1):
+        raise _refused(f"logits have the classes in dimension {dim}, not in 1 or the last")
     return _checked(noted), dim, changed_by
 
 
@@ -353,31 +350,30 @@ def _walk(logits: Tensor, heads: list[Head]) -> tuple[Step, list[Step]]:
                 steps.append(branch)
             used_by.setdefault(branch, {})[step] = None
     if not found:
-        whose = "no forward pass of the watched head"
+        reason = NO_PASS
         if any(note.startswith(NAME) for note in notes):
-            whose = "another head"
+            reason = NO_PASS.replace("no forward pass of the watched head", "another head")
         elif "CheckpointFunctionBackward" in notes:
-            whose += " that recorded gradients (use_reentrant=False in checkpoint does)"
-        raise Refused(f"{whose} has led to logits")
+            reason += "; a head in torch.utils.checkpoint needs use_reentrant=False"
+        raise _refused(reason)
     operators, step = [], found[0]
     while step != steps[0]:
         users = [*used_by[step]]
         if len(users) > 1 or len(found) > 1:
             names = " and ".join(repr(_name(user)) for user, _ in users)
             reason = f"operator {names} joins several passes, or one with itself"
-            raise Refused(reason, users[0][0])
+            raise _refused(reason, users[0][0])
         step = users[0]
         if step[0].name() not in PASSING:
             operators.append(step)
     for node, _ in operators:
-        _check_order(node, _kind(node) in IN_ORDER)
+        if _kind(node) not in IN_ORDER:
+            raise _stands_between(node)
     return found[0], operators
 
 
-def _check_order(node: Any, kept: bool) -> None:
-    if not kept:
-        reason = f"operator {_name(node)!r} stands between the head's output and logits"
-        raise Refused(reason, node)
+def _stands_between(node: Any) -> RuntimeError:
+    return _refused(f"operator {_name(node)!r} stands between the head's output and logits", node)
 
 
 def _dim_after(operators: list[Step], sizes: tuple[int, ...], dim: int) -> int:
@@ -394,7 +390,8 @@ def _dim_after(operators: list[Step], sizes: tuple[int, ...], dim: int) -> int:
         else:
             places = [at for at in range(len(after)) if prod(after[:at]) == samples]
             places = [at for at in places if after[at] == sizes[dim]]
-        _check_order(node, bool(places) and prod(after) == prod(sizes))
+        if not places or prod(after) != prod(sizes):
+            raise _stands_between(node)
         dim, sizes = places[-1], after
     return dim
 
@@ -417,15 +414,13 @@ def _by_values(logits: Tensor, class_dim: int, passes: list[ForwardPass]) -> Fou
     ways = [(one, dim) for one in passes if one.values is not None for dim in dims_of(logits.shape)]
     fits = [way for way in ways if _has_values(way[0], logits, way[1], class_dim)]
     if not fits:
-        raise Refused(
-            "logits without a graph must be a recent output of the head, a view of one, or a cast "
-            f"of one of the latest {MAX_VALUES}"
-        )
+        recent = "logits without a graph must be a recent output of the head, a view of one, or a "
+        raise _refused(f"{recent}cast of one of the latest {MAX_VALUES}" if passes else NO_PASS)
     (noted, dim), *others = fits
     rows = logits.detach().movedim(dim, -1).flatten(0, -2)
     same = len(rows) > 1 and bool((rows == rows[:1]).all())
     if same or any(at != dim or not _equal(one.features, noted.features) for one, at in others):
-        raise Refused("logits have the same values for several samples, dimensions or passes")
+        raise _refused("logits have the same values for several samples, dimensions or passes")
     return noted, dim, None
 
 
@@ -435,7 +430,7 @@ def _check_output(noted: ForwardPass, tensor: Tensor, dim: int, class_dim: int) 
     if noted.output_version is None:  # compiled, or in inference mode
         same = noted.values is None or _has_values(noted, tensor, dim, class_dim)
     if not same:
-        raise Refused("logits were changed in place after the head had returned them")
+        raise _refused("logits were changed in place after the head had returned them")
 
 
 def _has_values(noted: ForwardPass, tensor: Tensor, dim: int, class_dim: int) -> bool:
@@ -467,21 +462,16 @@ def _name(node: Any) -> str:
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).strip("_")
 
 
-def _explained(reason: str, node: Any = None, *, heads: list[Head]) -> str:
+def _refused(reason: str, node: Any = None) -> RuntimeError:
     hint = ""
     if node is not None and node.name() == "GatherBackward":
         hint = (
             "The model runs in torch.nn.DataParallel, whose replicas each see a part of the "
             "batch; use torch.nn.parallel.DistributedDataParallel.\n"
         )
-    elif not any(head.seen for head in heads):
-        hint = (
-            "The watched head has had no forward pass. Call watch(head) with the head that runs; "
-            "a copied or unpickled loss needs that, unless its head was copied with it.\n"
-        )
     elif node is not None and _kind(node) in SELECTING:
         hint = "To leave samples out, keep all logits and set their labels to ignore_index.\n"
-    return (
+    return RuntimeError(
         f"{reason}; logits must hold the output of one forward pass of the watched head, sample by "
         f"sample in the same order\n{hint}If you have the features of each sample, pass them:\n"
         "    features = ...  # the input of the head, in the order of the logits\n"
