@@ -75,22 +75,45 @@ class Work(NamedTuple):
         return self.batch, self.samples.target_centers
 
     def features_gradient(self, grad: Tensor) -> Tensor:
-        """The gradient of the loss for the features, by that for the loss."""
-        return features_gradient(self.batch, self.samples, self._each(grad))
+        """Eq. 5 (N, d), by the gradient for the loss, a scalar or (N,).
+
+        In the simplex form it is also times the norms of the features.
+        """
+        batch, samples, _, _ = self
+        target_centers, factor = samples.target_centers, self._each(grad)
+        if samples.usable is not None:
+            target_centers = target_centers.where(samples.usable.unsqueeze(-1), 0)
+        if batch.options.form == "paper":
+            factor = factor / samples.norms
+        cosines = samples.cosines.unsqueeze(-1)
+        across = torch.addcmul(target_centers, samples.units, cosines, value=-1)
+        return across.mul_(factor.unsqueeze(-1))
 
     def centers_gradient(self, grad: Tensor) -> Tensor:
-        """The gradient of the loss for the centers, by that for the loss."""
+        """The gradient of both terms for the centers (C, d), by that for the loss."""
         batch, samples, statistics, _ = self
-        weight, of_inter = batch.sample_weight, grad
+        weight, smoothing = batch.options.weight, batch.options.label_smoothing
+        rows = samples.units * self._each(grad).unsqueeze(-1)
+        if batch.has_probabilities:
+            sums = batch.target.mT @ rows
+        else:
+            sums = rows.new_zeros(statistics.num_classes, rows.shape[1])
+            sums.index_add_(0, batch.target, rows)
+        if smoothing > 0:
+            sums.mul_(1 - smoothing).add_(rows.sum(0), alpha=smoothing / statistics.num_classes)
+        if weight is not None:
+            sums.mul_(weight.unsqueeze(-1))
+        of_inter, sample_weight = grad, batch.sample_weight
         if batch.options.reduction == "sum":
-            of_inter = grad * (len(samples.cosines) if weight is None else weight.sum())
+            of_inter = grad * (len(rows) if sample_weight is None else sample_weight.sum())
         elif batch.options.reduction == "none":
-            of_inter = grad.sum() if weight is None else grad.dot(weight)
-        sums = intra_gradient_by_class(batch, samples, self._each(grad), statistics.num_classes)
+            of_inter = grad.sum() if sample_weight is None else grad.dot(sample_weight)
         return centers_gradient(batch.centers, statistics, sums, of_inter)
 
     def _each(self, grad: Tensor) -> Tensor:
-        return grad / self.total_weight if self.batch.options.reduction == "mean" else grad
+        """The gradient for the samples' cosines, (N,) or a scalar."""
+        factor = grad * -0.5
+        return factor / self.total_weight if self.batch.options.reduction == "mean" else factor
 
     def update_(
         self, centers: Tensor, center_lr: float | None, *, start_zeros: bool,
@@ -263,36 +286,6 @@ def with_gradients(step: Step) -> Tensor:
     apply: Any = _ClosedForm.apply
     loss: Tensor = apply(features, centers, step)
     return loss
-
-
-def features_gradient(batch: Batch, samples: Samples, each: Tensor) -> Tensor:
-    """Eq. 5 (N, d), times the gradients for the samples' summands of Eq. 2, (N,) or a scalar.
-
-    In the simplex form it is also times the norms of the features.
-    """
-    target_centers = samples.target_centers
-    if samples.usable is not None:
-        target_centers = target_centers.where(samples.usable.unsqueeze(-1), 0)
-    factor = each * -0.5
-    if batch.options.form == "paper":
-        factor = factor / samples.norms
-    across = torch.addcmul(target_centers, samples.units, samples.cosines.unsqueeze(-1), value=-1)
-    return across.mul_(factor.unsqueeze(-1))
-
-
-def intra_gradient_by_class(
-    batch: Batch, samples: Samples, each: Tensor, num_classes: int
-) -> Tensor:
-    """The gradient of L_intra for the unit centers (C, d)."""
-    weight, smoothing = batch.options.weight, batch.options.label_smoothing
-    rows = samples.units * (each * -0.5).unsqueeze(-1)
-    if batch.has_probabilities:
-        sums = batch.target.mT @ rows
-    else:
-        sums = rows.new_zeros(num_classes, rows.shape[1]).index_add_(0, batch.target, rows)
-    if smoothing > 0:
-        sums = sums.mul_(1 - smoothing).add_(rows.sum(0), alpha=smoothing / num_classes)
-    return sums if weight is None else sums.mul_(weight.unsqueeze(-1))
 
 
 @torch.enable_grad()

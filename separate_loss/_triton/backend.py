@@ -102,7 +102,8 @@ def works_on(device: torch.device, compute: Callable[..., Any]) -> bool:
     works[device] = False
     if torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    for step.direct in (True, False):
+    for direct in (step.direct, False):
+        step.direct = direct
         try:
             _try_on(device, compute)
             works[device] = True
@@ -121,13 +122,12 @@ def _try_on(device: torch.device, compute: Callable[..., Any]) -> None:
     """Raises if steps by the kernels, and again by their binaries, differ from the operators'."""
     from separate_loss._triton import step as kernels  # noqa: PLC0415 - imports Triton
 
-    values = torch.arange(1, 12 * 5 + 1, device=device, dtype=torch.float32)
+    values = torch.arange(1, 61, device=device, dtype=torch.float32)
     features, centers = values.sin().view(12, 5), (values * values).sin().view(12, 5)
-    target = torch.arange(12, device=device) % 5
-    weight = values[:7] / 7
-    for form, smoothing in (("simplex", 0.1), ("paper", 0.0)):
+    target = torch.arange(12, device=device) % 5  # 4 is ignored
+    plain = Options("paper", ignore_index=4)
+    for options in (plain, Options("simplex", values[:7] / 7, 4, label_smoothing=0.1)):
         outcomes = []
-        options = Options(form, weight if smoothing else None, 4, "mean", smoothing)  # type: ignore[arg-type]
         for module in (None, kernels, kernels):
             leaf, moved = features.clone().requires_grad_(), centers[:7].clone()
             moved[6] = 0

@@ -38,7 +38,7 @@ class Plan:
     ) -> None:  # fmt: skip
         wide, width, chosen = dtype == torch.float64, triton.next_power_of_2(d), -(-c // PROGRAMS)
         columns = min(max(16, width), 64)
-        simplex, self.dtype, self.device = form == "simplex", dtype, device
+        simplex, self.device = form == "simplex", device
         self.rows = min(max(1, VALUES // width), triton.next_power_of_2(chosen))
         self.each = -(-chosen // self.rows) * self.rows
         self.blocks, self.column_blocks = -(-c // self.each), -(-d // columns)
@@ -93,6 +93,7 @@ class KernelWork(NamedTuple):
     options: Options
     features: Tensor  # (N, d)
     target: Tensor
+    weight: Tensor  # the class weights, or a tensor that is not read
     centers: Tensor | None
     num_classes: int
     rows: Tensor  # the unit centers of the samples' classes, (N, d)
@@ -113,24 +114,20 @@ class KernelWork(NamedTuple):
         if centers is None:  # only sizes are read
             centers = self.rows.new_empty(self.num_classes, d, device="meta")
         batch = prepare_batch(self.features, self.target, centers, self.options)
-        expected, weight = self.rows[: n * d].view(n, d), batch.options.weight
-        if weight is not None:
-            expected = expected * weight.index_select(0, batch.target).unsqueeze(-1)
-        uniform = self.total[d : 2 * d]
-        expected = (1 - smoothing) * expected + smoothing / self.num_classes * uniform
-        return batch, expected
+        expected = (1 - smoothing) * self.rows[: n * d].view(n, d)
+        if batch.options.weight is not None:
+            expected *= batch.options.weight.index_select(0, batch.target).unsqueeze(-1)
+        return batch, expected + smoothing / self.num_classes * self.total[d : 2 * d]
 
     def features_gradient(self, grad: Tensor) -> Tensor:
         """Eq. 5 (N, d), times the norms of the features in the simplex form."""
-        features, target = self.features.detach().contiguous(), self.target
-        (n, d), weight = features.shape, self.options.weight
-        out = torch.empty_like(features)
-        weight = target if weight is None else weight
-        arguments = features, target, weight, self.rows, self.total, self.scalars, out
+        features = self.features.detach().contiguous()
+        out, (n, d) = torch.empty_like(features), features.shape
+        given = features, self.target, self.weight, self.rows, self.total, self.scalars, out
+        sizes = self.num_classes, d, self.options.ignore_index
         with torch.cuda.device_of(grad):
             if n:
-                sizes = self.num_classes, d, self.options.ignore_index
-                self.plan.launch(kernels.gradient, n, (grad, *arguments, *sizes), n)
+                self.plan.launch(kernels.gradient, n, (grad, *given, *sizes), n)
         return out
 
     def centers_gradient(self, grad: Tensor) -> Tensor:
@@ -158,7 +155,6 @@ class KernelWork(NamedTuple):
         assert self.by_class is not None
         of_classes, slots, counts, everyone, units, gram = self.by_class
         p, (c, d), n, product = self.plan, centers.shape, len(self.features), gram
-        weight = self.target if self.options.weight is None else self.options.weight
         for start, end in p.ranges:
             with full_precision(centers.device.type), torch.cuda.device_of(centers):
                 if len(p.ranges) > 1:  # only the last block is there
@@ -168,7 +164,7 @@ class KernelWork(NamedTuple):
                 if p.gram_size:
                     product = gram @ units if c < d else units[: end - start] @ gram
                 fixed = (
-                    grad, self.target, centers, out, weight, product, of_classes, self.total,
+                    grad, self.target, centers, out, self.weight, product, of_classes, self.total,
                     slots, counts, everyone, self.scalars, c, d,
                 )  # fmt: skip
                 varying = n, -(-n // TILE), start // p.rows, rate
@@ -182,11 +178,9 @@ def read(
     (n, d), c, tiles = features.shape, len(centers), -(-len(features) // TILE)
     dtype, (form, weight, ignore_index, _, smoothing) = compute_dtype(features, centers), options
     p = plan(c, d, dtype, form, weight is not None, smoothing, features.device)
-    blocks, by_class = p.blocks, c < d
-    x, target, rows_of = features.detach().contiguous(), target.contiguous(), centers.detach()
-    rows_of, own = rows_of.contiguous(), target if weight is None else weight.contiguous()
-    options = options._replace(weight=None if weight is None else own)
-
+    blocks = p.blocks
+    x, target, vectors = features.detach().contiguous(), target.contiguous(), centers.detach()
+    vectors, own = vectors.contiguous(), target if weight is None else weight.contiguous()
     loss, terms = x.new_empty((), dtype=dtype), x.new_empty(2, dtype=dtype)
     rows, total, scalars = _arrays(x, dtype, n * d, 2 * d, 5)
     of_classes, partial, numbers, squares = _arrays(
@@ -204,16 +198,16 @@ def read(
             first = start // p.each
             programs = -(-end // p.each) - first + (n if end == c else 0)
             fixed = (
-                x, target, rows_of, own, units, rows, cosines, inverses, of_classes, partial,
+                x, target, vectors, own, units, rows, cosines, inverses, of_classes, partial,
                 numbers, c, d, ignore_index, blocks, p.each,
             )  # fmt: skip
             p.launch(kernels.read, programs, fixed, n, first)
             if p.gram_size:
                 part = units[: end - start]
-                if start == 0:
-                    gram = part @ part.T if by_class else part.T @ part
-                else:
+                if start > 0:
                     gram.addmm_(part.T, part)
+                else:
+                    gram = part @ part.T if c < d else part.T @ part
         fixed = (
             x, target, gram, cosines, inverses, of_classes, partial, total, squares, slots, counts,
             in_tiles, c, d, ignore_index, blocks, p.gram_size, p.column_blocks,
@@ -225,10 +219,9 @@ def read(
             c, d, ignore_index, blocks, p.num_squares,
         )  # fmt: skip
         p.launch(kernels.finish, 1, fixed, n, tiles)
-    expected = f"target must hold class indices in [0, {c}) or ignore_index"
-    assert_on_device(scalars[0], expected)
+    assert_on_device(scalars[0], f"target must hold class indices in [0, {c}) or ignore_index")
     left = of_classes, slots, counts, everyone, units, gram
-    work = KernelWork(p, options, features, target, centers, c, rows, total, scalars, left)
+    work = KernelWork(p, options, features, target, own, centers, c, rows, total, scalars, left)
     return loss, terms[0], terms[1], scalars[3], work
 
 

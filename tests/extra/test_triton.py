@@ -56,7 +56,7 @@ def test_kernels_equal_operators(
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("size", [(0, 3, 2), (1, 1, 2), (1, 130, 3), (70, 17, 2), (20, 5, 66)])
+@pytest.mark.parametrize("size", [(0, 3, 2), (1, 1, 2), (1, 130, 3), (66, 17, 2), (6, 5, 66)])
 def test_batches_and_features_of_any_size(size: tuple[int, int, int], form: str) -> None:
     assert_backends_agree(random_problem(*size), form=form, start=True)
 
