@@ -71,7 +71,9 @@ class Plan:
             ready[0][programs, 1, 1](*fixed, *varying, *ready[1])
             return
         constants, warps = self.settings(kernel, more)
-        binary = kernel[programs,](*fixed, *varying, **constants, num_warps=warps)
+        binary = kernel[programs,](
+            *fixed, *varying, **constants, num_warps=warps, enable_fp_fusion=True
+        )
         last = kernel.arg_names[len(fixed) + len(varying) :]
         if isinstance(binary, CompiledKernel) and last == list(constants):
             self.ready[key] = binary, tuple(constants.values())

@@ -86,7 +86,7 @@ def compiled(
         or whole.get(name, 1) % 16 == 0
     }
     source = ASTSource(kernel, signature, fixed, aligned)
-    options = {"num_warps": warps}
+    options = {"num_warps": warps, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
