@@ -122,12 +122,12 @@ def _try_on(device: torch.device, compute: Callable[..., Any]) -> None:
     """Raises if steps by the kernels, and again by their binaries, differ from the operators'."""
     from separate_loss._triton import step as kernels  # noqa: PLC0415 - imports Triton
 
-    values = torch.arange(1, 61, device=device, dtype=torch.float32)
-    features, centers = values.sin().view(12, 5), (values * values).sin().view(12, 5)
     target = torch.arange(12, device=device) % 5  # 4 is ignored
-    plain = Options("paper", ignore_index=4)
-    for options in (plain, Options("simplex", values[:7] / 7, 4, label_smoothing=0.1)):
-        outcomes = []
+    for form, dtype, smoothing in (("paper", torch.float64, 0.0), ("simplex", torch.float32, 0.1)):
+        values = torch.arange(1, 61, device=device, dtype=dtype)
+        features, centers = values.sin().view(12, 5), (values * values).sin().view(12, 5)
+        weight = values[:7] / 7 if smoothing else None
+        options, outcomes = Options(form, weight, 4, label_smoothing=smoothing), []  # type: ignore[arg-type]
         for module in (None, kernels, kernels):
             leaf, moved = features.clone().requires_grad_(), centers[:7].clone()
             moved[6] = 0
