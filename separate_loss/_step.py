@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from separate_loss._batch import Batch, Options, check_arguments, prepare_batch
 from separate_loss._centers import (
@@ -25,12 +24,14 @@ from separate_loss._terms import (
     reduce,
     scale_gradient,
 )
-from separate_loss._torch import under_vmap
+from separate_loss._torch import tree_flatten, tree_unflatten, under_vmap
 from separate_loss._tracing import in_eager
 from separate_loss._triton.backend import kernels_for
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from separate_loss._triton.step import KernelWork
 
 
 class Samples(NamedTuple):
@@ -43,36 +44,113 @@ class Samples(NamedTuple):
     cosines: Tensor  # (N,), times the sample weights
 
 
+class Work(NamedTuple):
+    """What the gradients and the update need of a step by PyTorch's operators."""
+
+    batch: Batch
+    samples: Samples
+    statistics: CenterStatistics
+    total_weight: Number
+
+    @property
+    def features(self) -> Tensor:
+        """The features that the gradient is for."""
+        return self.batch.features
+
+    @property
+    def centers(self) -> Tensor:
+        """The centers that the gradient is for."""
+        return self.batch.centers
+
+    def held(self, features: Tensor, centers: Tensor | None) -> "Work":
+        """What the backward pass needs; without the centers' gradient they may change before."""
+        batch, statistics = self.batch._replace(features=features), self.statistics
+        if centers is None:
+            centers, statistics = features.new_empty(0), statistics._replace(units=None, gram=None)
+        return self._replace(batch=batch._replace(centers=centers), statistics=statistics)
+
+    def plain(self) -> tuple[Batch, Tensor]:
+        """The batch and the expected unit centers (N, d), for the plain formula."""
+        return self.batch, self.samples.target_centers
+
+    def features_gradient(self, grad: Tensor) -> Tensor:
+        """Eq. 5 (N, d), by the gradient for the loss, a scalar or (N,).
+
+        In the simplex form it is also times the norms of the features.
+        """
+        batch, samples, _, _ = self
+        target_centers, factor = samples.target_centers, self._each(grad)
+        if samples.usable is not None:
+            target_centers = target_centers.where(samples.usable.unsqueeze(-1), 0)
+        if batch.options.form == "paper":
+            factor = factor / samples.norms
+        cosines = samples.cosines.unsqueeze(-1)
+        across = torch.addcmul(target_centers, samples.units, cosines, value=-1)
+        return across.mul_(factor.unsqueeze(-1))
+
+    def centers_gradient(self, grad: Tensor) -> Tensor:
+        """The gradient of both terms for the centers (C, d), by that for the loss."""
+        batch, samples, statistics, _ = self
+        weight, smoothing = batch.options.weight, batch.options.label_smoothing
+        rows = samples.units * self._each(grad).unsqueeze(-1)
+        if batch.target.is_floating_point():
+            sums = batch.target.mT @ rows
+        else:
+            sums = rows.new_zeros(statistics.num_classes, rows.shape[1])
+            sums.index_add_(0, batch.target, rows)
+        if smoothing > 0:
+            sums.mul_(1 - smoothing).add_(rows.sum(0), alpha=smoothing / statistics.num_classes)
+        if weight is not None:
+            sums.mul_(weight.unsqueeze(-1))
+        of_inter, sample_weight = grad, batch.sample_weight
+        if batch.options.reduction == "sum":
+            of_inter = grad * (len(rows) if sample_weight is None else sample_weight.sum())
+        elif batch.options.reduction == "none":
+            of_inter = grad.sum() if sample_weight is None else grad.dot(sample_weight)
+        return centers_gradient(batch.centers, statistics, sums, of_inter)
+
+    def _each(self, grad: Tensor) -> Tensor:
+        """The gradient for the samples' cosines, (N,) or a scalar."""
+        factor = grad * -0.5
+        return factor / self.total_weight if self.batch.options.reduction == "mean" else factor
+
+    def update_(
+        self, centers: Tensor, center_lr: float | None, *, start_zeros: bool,
+        group: "ProcessGroup | None" = None,
+    ) -> None:  # fmt: skip
+        """Eq. 8, in place."""
+        # `batch.centers` is a copy if the step computed in another type than the centers'.
+        in_place = centers.dtype == self.batch.centers.dtype
+        updated = centers if in_place else self.batch.centers
+        with full_precision(centers.device.type):
+            update_centers_(
+                updated,
+                self.statistics,
+                *update_sums(self, centers.dtype, group),
+                center_lr=center_lr,
+                start_zeros=start_zeros,
+            )
+            if not in_place:
+                centers.copy_(updated)
+
+
 class Step(NamedTuple):
     """The loss of a batch, and what its gradients and the update need."""
 
     loss: Tensor
     intra: Tensor  # the mean of Eq. 2
     inter: Tensor
-    num_centers: Tensor  # how many are not zero
-    total_weight: Number
-    batch: Batch
-    samples: Samples
-    statistics: CenterStatistics
+    num_centers: Tensor  # those that are not zero
+    work: "Work | KernelWork"  # by operators or by kernels
     group: "ProcessGroup | None" = None
 
     def update_(
         self, centers: Tensor, center_lr: float | None, *, start_zeros: bool = False
     ) -> None:
         """Applies Eq. 8 to the centers of the step, or to a copy of them, in place."""
-        # `batch.centers` is a copy if the step computed in another type than the centers'.
-        in_place = centers.dtype == self.batch.centers.dtype
-        updated = centers if in_place else self.batch.centers
-        with torch.no_grad(), full_precision(centers.device.type):
-            update_centers_(
-                updated,
-                self.statistics,
-                *update_sums(self, centers.dtype),
-                center_lr=center_lr,
-                start_zeros=start_zeros,
-            )
-            if not in_place:
-                centers.copy_(updated)
+        group: Any = {} if self.group is None else {"group": self.group}
+        with torch.no_grad():
+            self.work.update_(centers, center_lr, start_zeros=start_zeros, **group)
 
 
 def run_step(
@@ -87,10 +165,22 @@ def run_step(
     With a process group, the update sums over the samples of all its processes.
     """
     check_arguments(features, target, centers, options)
-    kernels = kernels_for(features, target, centers, options) if group is None else None
+    kernels = None
+    if group is None:
+        kernels = kernels_for(features, target, centers, options, compute)
+    step = compute(features, target, centers, options, kernels)
+    loss = step.loss.reshape(features.shape[:-1]) if options.reduction == "none" else step.loss
+    return step._replace(loss=loss, group=group)
+
+
+def compute(
+    features: Tensor, target: Tensor, centers: Tensor, options: Options, kernels: Any = None
+) -> Step:
+    """Computes both terms by a module of kernels, or by operators."""
     if kernels is not None:
-        step: Step = kernels.run_step(features, target, centers, options)
-        return step
+        features = features.reshape(-1, centers.shape[1])
+        step = Step(*kernels.read(features, target.reshape(-1), centers, options))
+        return step._replace(loss=with_gradients(step))
     with full_precision(centers.device.type):
         batch = prepare_batch(features, target, centers, options)
         weight = batch.options.weight
@@ -104,8 +194,7 @@ def run_step(
             step = combine(batch, samples, statistics)
         if not differentiable:
             step = step._replace(loss=with_gradients(step))
-    loss = step.loss.reshape(features.shape[:-1]) if options.reduction == "none" else step.loss
-    return step._replace(loss=loss, group=group)
+    return step
 
 
 def compare(batch: Batch, target_centers: Tensor, *, differentiable: bool = False) -> Samples:
@@ -128,17 +217,16 @@ def combine(batch: Batch, samples: Samples, statistics: CenterStatistics) -> Ste
     intra = intra_class(samples.cosines, 1.0 if weight is None else weight)
     inter = inter_class(center_sum, gram, num_centers, num_classes)
     loss, mean, total = reduce(intra, weight, inter, reduction)
-    count = torch.as_tensor(num_centers).long()
-    return Step(loss, mean, inter, count, total, batch, samples, statistics)
+    work = Work(batch, samples, statistics, total)
+    return Step(loss, mean, inter, torch.as_tensor(num_centers).long(), work)
 
 
 def intra_loss(batch: Batch, target_centers: Tensor) -> Tensor:
     """Eq. 2 alone, differentiable to any order."""
     cosines = compare(batch, target_centers, differentiable=True).cosines
     weight, reduction = batch.sample_weight, batch.options.reduction
-    return reduce(intra_class(cosines, 1.0 if weight is None else weight), weight, 0.0, reduction)[
-        0
-    ]
+    intra = intra_class(cosines, 1.0 if weight is None else weight)
+    return reduce(intra, weight, 0.0, reduction)[0]
 
 
 def expected_centers(batch: Batch, statistics: CenterStatistics) -> Tensor:
@@ -168,42 +256,29 @@ class _ClosedForm(Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, centers: Tensor, step: Step) -> Tensor:
-        batch, samples = step.batch._replace(features=features), step.samples
-        statistics: CenterStatistics | None = None
-        if ctx.needs_input_grad[1]:
-            batch, statistics = batch._replace(centers=centers), step.statistics
-        else:  # they may change in place before the backward pass
-            batch = batch._replace(centers=centers.new_empty(0))
-        ctx.packed, tensors = _pack((batch, samples, statistics))
+        work = step.work.held(features, centers if ctx.needs_input_grad[1] else None)
+        ctx.packed, tensors = _pack(work)
         ctx.save_for_backward(*tensors)
-        ctx.total_weight = step.total_weight
         return step.loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        batch, samples, statistics = _unpack(ctx.packed, ctx.saved_tensors)
+        work = _unpack(ctx.packed, ctx.saved_tensors)
+        of_features, of_centers, _ = ctx.needs_input_grad
         if torch.is_grad_enabled() or under_vmap(grad):
-            return (*_differentiable_gradients(ctx, grad, batch, samples), None)
-        of_features = of_centers = None
-        reduction, weight = batch.options.reduction, batch.sample_weight
-        each = grad / ctx.total_weight if reduction == "mean" else grad
+            return (*_differentiable_gradients(work, grad, of_features, of_centers), None)
         with full_precision(grad.device.type):
-            if ctx.needs_input_grad[0]:
-                of_features = features_gradient(batch, samples, each)
-            if ctx.needs_input_grad[1]:
-                of_inter = grad
-                if reduction == "sum":
-                    of_inter = grad * (len(samples.cosines) if weight is None else weight.sum())
-                elif reduction == "none":
-                    of_inter = grad.sum() if weight is None else grad.dot(weight)
-                sums = intra_gradient_by_class(batch, samples, each, statistics.num_classes)
-                of_centers = centers_gradient(batch.centers, statistics, sums, of_inter)
-        return of_features, of_centers, None
+            return (
+                work.features_gradient(grad) if of_features else None,
+                work.centers_gradient(grad) if of_centers else None,
+                None,
+            )
 
 
 def with_gradients(step: Step) -> Tensor:
     """The loss of a step with a graph, if features or centers need one."""
-    features, centers = step.batch.features, step.batch.centers
+    features, centers = step.work.features, step.work.centers
+    assert centers is not None
     if not (torch.is_grad_enabled() and (features.requires_grad or centers.requires_grad)):
         return step.loss
     apply: Any = _ClosedForm.apply
@@ -211,63 +286,34 @@ def with_gradients(step: Step) -> Tensor:
     return loss
 
 
-def features_gradient(batch: Batch, samples: Samples, each: Tensor) -> Tensor:
-    """Eq. 5 (N, d), times the gradients for the samples' summands of Eq. 2, (N,) or a scalar.
-
-    In the simplex form it is also times the norms of the features.
-    """
-    target_centers = samples.target_centers
-    if samples.usable is not None:
-        target_centers = target_centers.where(samples.usable.unsqueeze(-1), 0)
-    factor = each * -0.5
-    if batch.options.form == "paper":
-        factor = factor / samples.norms
-    across = torch.addcmul(target_centers, samples.units, samples.cosines.unsqueeze(-1), value=-1)
-    return across.mul_(factor.unsqueeze(-1))
-
-
-def intra_gradient_by_class(
-    batch: Batch, samples: Samples, each: Tensor, num_classes: int
-) -> Tensor:
-    """The gradient of L_intra for the unit centers (C, d)."""
-    weight, smoothing = batch.options.weight, batch.options.label_smoothing
-    rows = samples.units * (each * -0.5).unsqueeze(-1)
-    if batch.target.is_floating_point():
-        sums = batch.target.mT @ rows
-    else:
-        sums = rows.new_zeros(num_classes, rows.shape[1]).index_add_(0, batch.target, rows)
-    if smoothing > 0:
-        sums = sums.mul_(1 - smoothing).add_(rows.sum(0), alpha=smoothing / num_classes)
-    return sums if weight is None else sums.mul_(weight.unsqueeze(-1))
-
-
 @torch.enable_grad()
 def _differentiable_gradients(
-    ctx: Any, grad: Tensor, batch: Batch, samples: Samples
+    work: "Work | KernelWork", grad: Tensor, of_features: bool, of_centers: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    needed = ctx.needs_input_grad[:2]
-    if needed[1]:
+    batch, target_centers = work.plain()
+    if of_centers:
         simplex = batch.options.form == "simplex"
         statistics = read_centers(batch.centers, simplex=simplex, differentiable=True)
         target_centers = expected_centers(batch, statistics)
         loss = combine(batch, compare(batch, target_centers, differentiable=True), statistics).loss
     else:
-        loss = intra_loss(batch, samples.target_centers)
-    inputs = [
-        one for one, need in zip((batch.features, batch.centers), needed, strict=True) if need
-    ]
+        loss = intra_loss(batch, target_centers)
+    pairs = (work.features, of_features), (work.centers, of_centers)
+    inputs = [one for one, need in pairs if need and one is not None]
     found = list(torch.autograd.grad(loss, inputs, grad, create_graph=True))
-    return found.pop(0) if needed[0] else None, found.pop() if needed[1] else None
+    return found.pop(0) if of_features else None, found.pop() if of_centers else None
 
 
-def update_sums(step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+def update_sums(
+    work: Work, dtype: torch.dtype, group: "ProcessGroup | None"
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Sums of unit features, numbers of samples in them, and their classes, for the update.
 
     A sum is of one sample if there are many classes, else of a class, over all processes.
     """
-    batch, statistics, group = step.batch, step.statistics, step.group
+    batch, statistics = work.batch, work.statistics
     num_classes = statistics.num_classes
-    units, valid = finite_samples(batch, step.samples)
+    units, valid = finite_samples(batch, work.samples)
     few_classes = not torch.compiler.is_compiling() and num_classes <= len(units)
     if batch.target.is_floating_point():
         sums, counts = probability_sums(units, batch.target, valid, statistics)

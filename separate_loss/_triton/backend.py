@@ -1,59 +1,61 @@
 """Decides whether the Triton kernels run a step.
 
-The environment variable SEPARATE_LOSS_BACKEND is read once, at import. "auto" takes the kernels
-where they are faster, "torch" never. "triton" takes them for all arguments that they support, and
-raises where the machine cannot run them; PyTorch's operators run all other steps.
+The environment variable SEPARATE_LOSS_BACKEND is read once, at import. "auto" takes the kernels on
+CUDA, where a trial step equals one by PyTorch's operators; "torch" never. "triton" takes them for
+all arguments that they support, and raises where the machine cannot run them; PyTorch's operators
+run all other steps.
 """
 
 import os
+import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from separate_loss._batch import Options
 from separate_loss._checks import check_choice
-from separate_loss._torch import RELEASE, in_transform
+from separate_loss._torch import RELEASE
+from separate_loss._tracing import in_eager
 
 BACKEND = os.environ.get("SEPARATE_LOSS_BACKEND", "auto")
 check_choice("SEPARATE_LOSS_BACKEND", BACKEND, ("auto", "torch", "triton"))
 
-# The largest batch for which "auto" takes the kernels, on CUDA: docs/cost.md has the figures.
-AUTO_MAX_SAMPLES = 4096
-# A program holds a row of features, and looks for the samples of a class one by one.
+# A program holds a row of features; another reads all labels.
 MAX_FEATURES, MAX_SAMPLES = 2**14, 2**14
 # What the kernels need of Triton came in 3.4, beside torch 2.8.
 HAS_TRITON = find_spec("triton") is not None and torch.version.hip is None and RELEASE >= (2, 8)
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+works: dict[torch.device, bool] = {}
+
 
 def kernels_for(
-    features: Tensor, target: Tensor, centers: Tensor, options: Options
+    features: Tensor, target: Tensor, centers: Tensor, options: Options, compute: Callable[..., Any]
 ) -> ModuleType | None:
     """The module of the kernels, if they are to run this step, else None.
+
+    `compute` takes a step's arguments and the module, or None for a step by operators.
 
     Raises:
         RuntimeError: SEPARATE_LOSS_BACKEND=triton, and the machine cannot run the kernels.
 
     """
     auto = BACKEND == "auto"
-    # Compiled operators are as fast but for very many classes.
-    if BACKEND == "torch" or (auto and not (HAS_TRITON and centers.is_cuda and not is_compiling())):
+    if BACKEND == "torch" or (auto and not (HAS_TRITON and centers.is_cuda)):
         return None
-    max_samples = AUTO_MAX_SAMPLES if auto else MAX_SAMPLES
-    if not _supports(target, centers, options) or target.numel() > max_samples:
+    if not _supports(features, target, centers, options):
         return None
-    reason = _unsupported_reason(features, centers)
+    reason = _unsupported_reason(features, centers, options.weight)
     if reason is None:
         from separate_loss._triton import step  # noqa: PLC0415 - imports Triton
 
         if auto:
-            # Tensor subclasses, as fake tensors, may have no memory.
-            plain = type(features) in PLAIN_TYPES and type(centers) in PLAIN_TYPES
-            return step if plain and step.works_on(centers.device) else None
+            return step if works_on(centers.device, compute) else None
         if centers.is_cuda or step.INTERPRETED:
             return step
         reason = (
@@ -64,18 +66,74 @@ def kernels_for(
     raise RuntimeError(f"SEPARATE_LOSS_BACKEND=triton cannot run: {reason}")
 
 
-def _supports(target: Tensor, centers: Tensor, options: Options) -> bool:
+def _supports(features: Tensor, target: Tensor, centers: Tensor, options: Options) -> bool:
     """Whether the kernels compute what is asked for."""
-    plain = options.form == "paper" and options.weight is None and options.label_smoothing == 0
-    indices = options.reduction == "mean" and not target.is_floating_point()
-    transformed = not is_compiling() and in_transform()
-    return plain and indices and centers.shape[1] <= MAX_FEATURES and not transformed
+    weight = options.weight
+    given = (features, target, centers) if weight is None else (features, target, centers, weight)
+    return (
+        options.reduction == "mean"
+        and not target.is_floating_point()
+        and centers.shape[1] <= MAX_FEATURES
+        and target.numel() <= MAX_SAMPLES
+        and not (weight is not None and weight.requires_grad)
+        # Tensors of other types, such as fake tensors, may have no memory.
+        and all(type(one) in PLAIN_TYPES for one in given)
+        and in_eager()
+    )
 
 
-def _unsupported_reason(features: Tensor, centers: Tensor) -> str | None:
+def _unsupported_reason(*tensors: Tensor | None) -> str | None:
     if not HAS_TRITON:
         return "no Triton for CUDA is installed, or torch is older than 2.8"
-    for tensor in (features, centers):
-        if tensor.dtype not in DTYPES:
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in DTYPES:
             return f"a tensor of {tensor.dtype}; expected {', '.join(map(str, DTYPES))}"
     return None
+
+
+def works_on(device: torch.device, compute: Callable[..., Any]) -> bool:
+    """Whether trial steps by the kernels equal those by operators on a GPU; warns once if not."""
+    from separate_loss._triton import step  # noqa: PLC0415 - imports Triton
+
+    if device in works:
+        return works[device]
+    if torch.cuda.is_current_stream_capturing():  # a trial waits for the device
+        return False
+    works[device] = False
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    for direct in (step.direct, False):
+        step.direct = direct
+        try:
+            _try_on(device, compute)
+            works[device] = True
+            break
+        except Exception as error:  # compilers, linkers and drivers raise errors of many types
+            reason = error
+    else:
+        text = "separate_loss runs without its Triton kernels, which fail here"
+        warnings.warn(f"{text}: {reason}", stacklevel=2)
+    return works[device]
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _try_on(device: torch.device, compute: Callable[..., Any]) -> None:
+    """Raises if steps by the kernels, and again by their binaries, differ from the operators'."""
+    from separate_loss._triton import step as kernels  # noqa: PLC0415 - imports Triton
+
+    target = torch.arange(12, device=device) % 5  # 4 is ignored
+    for form, dtype, smoothing in (("paper", torch.float64, 0.0), ("simplex", torch.float32, 0.1)):
+        values = torch.arange(1, 61, device=device, dtype=dtype)
+        features, centers = values.sin().view(12, 5), (values * values).sin().view(12, 5)
+        weight = values[:7] / 7 if smoothing else None
+        options, outcomes = Options(form, weight, 4, label_smoothing=smoothing), []  # type: ignore[arg-type]
+        for module in (None, kernels, kernels):
+            leaf, moved = features.clone().requires_grad_(), centers[:7].clone()
+            moved[6] = 0
+            step = compute(leaf, target, moved, options, module)
+            (gradient,) = torch.autograd.grad(step.loss * 12, leaf)
+            step.update_(moved, None, start_zeros=True)
+            outcomes.append((step.loss.detach(), gradient, moved))
+        for found in outcomes[1:]:
+            torch.testing.assert_close(found, outcomes[0], rtol=0, atol=2e-3)  # float32 or TF32

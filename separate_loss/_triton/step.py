@@ -1,306 +1,234 @@
-"""The step for class indices in four Triton kernels, registered with torch.library.
+"""A step by the kernels: read the batch and the centers, move the centers, and both gradients.
 
-The kernels support the mean reduction without class weights; `backend` decides when they run. They
-compute in float32, or in float64 if an input is of that type. A step launches `read` (centers and
-batch), `finish` (both terms), `features_gradient`, and `move` for the new centers or for their
-gradient.
+A step launches `read`, `sums`, `finish`, one assertion, `move` (Eq. 8, or the gradient of the
+centers) and `gradient` (of the features); in the simplex form also the Gram matrix of the centers
+and its product with them, by cuBLAS.
 """
 
-import warnings
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from torch.library import custom_op
+from triton.compiler import CompiledKernel
 
-from separate_loss._batch import Options, compute_dtype
-from separate_loss._centers import CENTER_LR_PER_SAMPLE, read_centers
-from separate_loss._terms import inter_class, normalize
-from separate_loss._torch import assert_on_device, under_vmap
+from separate_loss._batch import Batch, Options, compute_dtype, prepare_batch
+from separate_loss._centers import CENTER_LR_PER_SAMPLE
+from separate_loss._ops import full_precision
+from separate_loss._torch import assert_on_device
 from separate_loss._triton import kernels
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
-# The most programs for centers, and the most values that a program holds at a time.
-PROGRAMS, TILE = 1024, 2048
-BATCH = 1024
-# Labels that a program reads at a time; it reads them one by one if its classes are among them.
-LABELS = 32
+# The most programs for centers, and how many values, samples and elements of G a program holds.
+PROGRAMS, VALUES, TILE, SQUARES = 512, 2048, 64, 8192
+# The most values in a block of unit centers, where the Gram matrix is (d, d).
+BLOCK_SIZE = 2**25
+# Whether a compiled kernel is launched without Triton's look at each argument, which takes 30 us.
+direct = True
 
 
-def _launch(kernel: Any, programs: int, *arguments: object, **constants: object) -> None:
-    if programs == 0:
-        return
-    device = next(value for value in arguments if isinstance(value, Tensor))
-    with torch.cuda.device_of(device):
-        kernel[(programs,)](*arguments, **constants)
+class Plan:
+    """Sizes, constants and compiled kernels of the steps of one kind."""
 
+    def __init__(
+        self, c: int, d: int, dtype: torch.dtype, form: str, weighted: bool, smoothing: float,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        wide, width, chosen = dtype == torch.float64, triton.next_power_of_2(d), -(-c // PROGRAMS)
+        columns = min(max(16, width), 64)
+        simplex, self.device = form == "simplex", device
+        self.rows = min(max(1, VALUES // width), triton.next_power_of_2(chosen))
+        self.each = -(-chosen // self.rows) * self.rows
+        self.blocks, self.column_blocks = -(-c // self.each), -(-d // columns)
+        size = max(1, BLOCK_SIZE // (self.each * d)) * self.each if simplex and c >= d else c
+        self.ranges = [(start, min(start + size, c)) for start in range(0, c, size)]
+        self.gram_size = min(c, d) ** 2 if simplex else 0
+        self.num_squares, self.warps = -(-self.gram_size // SQUARES), min(width // 512, 16)
+        self.constants = {
+            "ACC": triton.language.float64 if wide else triton.language.float32,
+            "TINY": 2.0**-511 if wide else 2.0**-63, "BATCH": 2 * PROGRAMS, "TILE": TILE,
+            "ROWS": self.rows, "COLUMNS": columns, "CHUNK": max(1, 4 * VALUES // width),
+            "WIDTH": width, "SQUARES": SQUARES, "SIMPLEX": simplex, "WEIGHTED": weighted,
+            "E": float(smoothing), "FEW": c <= min(TILE, PROGRAMS),
+        }  # fmt: skip
+        self.ready: dict[Any, Any] = {}
 
-@cache
-def works_on(device: torch.device) -> bool:
-    """Whether Triton can build and run the kernels on a GPU; warns once if it cannot."""
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    try:
-        sample = torch.ones(1, 2, device=device)
-        _read(sample, torch.zeros(1, dtype=torch.long, device=device), sample.repeat(2, 1), -100)
-    except Exception as error:  # compilers, linkers and drivers raise errors of many types
-        warnings.warn(
-            f"separate_loss runs without its Triton kernels, which cannot be built here: {error}",
-            stacklevel=2,
-        )
-        return False
-    return True
-
-
-def _config(computed: Tensor, d: int) -> dict[str, Any]:
-    width = triton.next_power_of_2(d)
-    wide = computed.dtype == torch.float64
-    return {
-        "ACC": triton.language.float64 if wide else triton.language.float32,
-        "WIDTH": width,
-        "num_warps": min(max(4, width // 512), 16),
-        "enable_fp_fusion": True,
-    }
-
-
-def _rows_config(num_classes: int, config: dict[str, Any]) -> dict[str, Any]:
-    """Adds how many centers a program holds at a time, and the largest norm that counts as zero."""
-    few = triton.next_power_of_2(triton.cdiv(num_classes, PROGRAMS))
-    tiny = 2.0**-511 if config["ACC"] == triton.language.float64 else 2.0**-63
-    return {**config, "ROWS": min(max(1, TILE // config["WIDTH"]), few), "TINY": tiny}
-
-
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _empty_outputs(features: Tensor, centers: Tensor) -> Outputs:
-    """What `read` and `finish` write.
-
-    - loss: a scalar.
-    - scalars (5,): intra, inter, 1 / the number of samples that are not ignored, 1 / the number
-      of those that are finite, and 1 if all labels are in range.
-    - target_centers (N, d): the unit centers of the samples' classes.
-    - sample_stats (2, N): cosines and inverse norms.
-    - class_stats (2, C): inverse norms, and 1 if the class is in the batch.
-    - center_sum (d,): the sum of the unit centers.
-    """
-    dtype = compute_dtype(features, centers)
-    (num_samples, d), num_classes = features.shape, centers.shape[0]
-    return (
-        features.new_empty((), dtype=dtype),
-        features.new_empty(5, dtype=dtype),
-        features.new_empty(num_samples, d, dtype=dtype),
-        features.new_empty(2, num_samples, dtype=dtype),
-        features.new_empty(2, num_classes, dtype=dtype),
-        features.new_empty(d, dtype=dtype),
-    )
-
-
-def _read(features: Tensor, target: Tensor, centers: Tensor, ignore_index: int) -> Outputs:
-    outputs = loss, scalars, target_centers, sample_stats, class_stats, center_sum = _empty_outputs(
-        features, centers
-    )
-    features, target, centers = features.contiguous(), target.contiguous(), centers.contiguous()
-    (num_samples, d), num_classes = features.shape, centers.shape[0]
-    config = _config(center_sum, d)
-    rows_config = _rows_config(num_classes, config)
-    each = (
-        triton.cdiv(triton.cdiv(num_classes, PROGRAMS), rows_config["ROWS"]) * rows_config["ROWS"]
-    )
-    blocks = triton.cdiv(num_classes, each)
-    partial = center_sum.new_empty(blocks * (d + 1))
-    sizes = num_samples, num_classes, d, ignore_index, blocks
-    _launch(
-        kernels.read, blocks + num_samples,
-        features, target, centers, partial, class_stats, sample_stats, target_centers,
-        *sizes, each, **rows_config,
-    )  # fmt: skip
-    config |= {"ROWS": max(1, 4 * TILE // config["WIDTH"]), "num_warps": 2 * config["num_warps"]}
-    _launch(
-        kernels.finish, 1,
-        target, partial, sample_stats, class_stats, center_sum, loss, scalars,
-        *sizes, BATCH=BATCH, **config,
-    )  # fmt: skip
-    return outputs
-
-
-def _features_gradient(
-    grad: Tensor, features: Tensor, target: Tensor, scalars: Tensor, target_centers: Tensor,
-    sample_stats: Tensor, ignore_index: int,
-) -> Tensor:  # fmt: skip
-    features, target = features.contiguous(), target.contiguous()
-    out = torch.empty_like(features)
-    num_samples, d = features.shape
-    _launch(
-        kernels.features_gradient, num_samples,
-        grad, features, target, sample_stats, target_centers, scalars, out,
-        num_samples, d, ignore_index,
-        **_config(target_centers, d),
-    )  # fmt: skip
-    return out
-
-
-def _move(
-    grad: Tensor, features: Tensor, target: Tensor, centers: Tensor, scalars: Tensor,
-    sample_stats: Tensor, class_stats: Tensor, center_sum: Tensor, out: Tensor, ignore_index: int,
-    rate: float | None = 0.0, *, paper: bool = False, start: bool = False,
-) -> None:  # fmt: skip
-    features, target = features.contiguous(), target.contiguous()
-    num_classes, d = centers.shape
-    rows_config = _rows_config(num_classes, _config(center_sum, d))
-    _launch(
-        kernels.move, triton.cdiv(num_classes, rows_config["ROWS"]),
-        grad, features, target, centers, sample_stats, class_stats, center_sum, scalars, out,
-        features.shape[0], num_classes, d, ignore_index,
-        CENTER_LR_PER_SAMPLE if rate is None else rate,
-        PER_SAMPLE=rate is None, PAPER=paper, START=start, LABELS=LABELS, **rows_config,
-    )  # fmt: skip
-
-
-def _centers_gradient(
-    grad: Tensor, features: Tensor, target: Tensor, centers: Tensor, scalars: Tensor,
-    sample_stats: Tensor, class_stats: Tensor, center_sum: Tensor, ignore_index: int,
-) -> Tensor:  # fmt: skip
-    centers = centers.contiguous()
-    out = torch.empty_like(centers)
-    _move(
-        grad,
-        features,
-        target,
-        centers,
-        scalars,
-        sample_stats,
-        class_stats,
-        center_sum,
-        out,
-        ignore_index,
-    )
-    return out
-
-
-def _move_centers(
-    centers: Tensor, features: Tensor, target: Tensor, scalars: Tensor, sample_stats: Tensor,
-    class_stats: Tensor, center_sum: Tensor, ignore_index: int, rate: float | None, start: bool,
-) -> None:  # fmt: skip
-    moved = centers.contiguous()  # The centers themselves, unless their strides are unusual.
-    _move(
-        scalars, features, target, moved, scalars, sample_stats, class_stats, center_sum, moved,
-        ignore_index, rate, paper=True, start=start,
-    )  # fmt: skip
-    if moved is not centers:
-        centers.copy_(moved)
-
-
-read_op = custom_op("separate_loss::read", _read, mutates_args=())
-features_gradient_op = custom_op(
-    "separate_loss::features_gradient", _features_gradient, mutates_args=()
-)
-centers_gradient_op = custom_op(
-    "separate_loss::centers_gradient", _centers_gradient, mutates_args=()
-)
-move_op = custom_op("separate_loss::move_", _move_centers, mutates_args=("centers",))
-
-
-@read_op.register_fake
-def _(*inputs: Any) -> Outputs:
-    return _empty_outputs(inputs[0], inputs[2])
-
-
-@features_gradient_op.register_fake
-def _(*inputs: Any) -> Tensor:
-    return torch.empty_like(inputs[1], memory_format=torch.contiguous_format)
-
-
-@centers_gradient_op.register_fake
-def _(*inputs: Any) -> Tensor:
-    return torch.empty_like(inputs[3], memory_format=torch.contiguous_format)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    features, target, centers, ctx.ignore_index = inputs
-    _, *others = output
-    ctx.mark_non_differentiable(*others)
-    ctx.set_materialize_grads(False)
-    # Centers without a gradient may change in place before the backward pass.
-    held = centers if ctx.needs_input_grad[2] else None
-    ctx.save_for_backward(features, target, held, *others)
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    features, target, centers, scalars, target_centers, sample_stats, class_stats, center_sum = (
-        ctx.saved_tensors
-    )
-    of_features = of_centers = None
-    if grad is not None:
-        if torch.is_grad_enabled() or under_vmap(grad):
-            return _differentiable_backward(ctx, grad)
-        batch = grad, features, target
-        if ctx.needs_input_grad[0]:
-            of_features = features_gradient_op(
-                *batch, scalars, target_centers, sample_stats, ctx.ignore_index
-            )
-        if ctx.needs_input_grad[2]:
-            of_centers = centers_gradient_op(
-                *batch, centers, scalars, sample_stats, class_stats, center_sum, ctx.ignore_index
-            )
-    return of_features, None, of_centers, None
-
-
-@torch.enable_grad()
-def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients by PyTorch's operators: differentiable, and under vmap."""
-    features, target, centers, scalars, target_centers, *_ = ctx.saved_tensors
-    valid = target != ctx.ignore_index
-    dtype = target_centers.dtype
-    unit_features, _ = normalize(features.where(valid.unsqueeze(-1), 0).to(dtype))
-    inter: Tensor | float = 0
-    if centers is not None:
-        index = target.where(valid, 0).long()
-        _, units, center_sum, _, num_centers, num_classes = read_centers(
-            centers.to(dtype), simplex=False, differentiable=True
-        )
-        assert units is not None
-        target_centers = units.index_select(0, index)
-        inter = inter_class(center_sum, None, num_centers, num_classes)
-    # Eq. 4 without a constant.
-    loss = inter - (unit_features * target_centers).sum() * (scalars[2] / 2)
-    needed = ctx.needs_input_grad
-    wanted = [one for one, need in ((features, needed[0]), (centers, needed[2])) if need]
-    found = list(torch.autograd.grad(loss, wanted, grad, create_graph=True))
-    return found.pop(0) if needed[0] else None, None, found.pop() if needed[2] else None, None
-
-
-read_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-class TritonStep(NamedTuple):
-    """A step by the Triton kernels."""
-
-    loss: Tensor
-    intra: Tensor
-    inter: Tensor
-    num_centers: Tensor
-    saved: tuple[Any, ...]
-
-    def update_(
-        self, centers: Tensor, center_lr: float | None, *, start_zeros: bool = False
+    def launch(
+        self, kernel: Any, programs: int, fixed: tuple[Any, ...], *varying: Any, **more: bool
     ) -> None:
-        """Applies Eq. 8 to the centers of the step, or to a copy of them, in place."""
-        move_op(centers, *self.saved, center_lr, start_zeros)
+        """Launches a kernel. Triton compiles it anew for other types, alignments or integers.
+
+        It does not for other `varying` ones.
+        """
+        seen = [
+            (one.dtype, one.data_ptr() % 16 == 0) if isinstance(one, Tensor) else one
+            for one in fixed
+        ]
+        key = (kernel.__name__, *seen, *more.values())
+        if ready := self.ready.get(key) if direct else None:
+            ready[0][programs, 1, 1](*fixed, *varying, *ready[1])
+            return
+        constants, warps = self.settings(kernel, more)
+        binary = kernel[programs,](
+            *fixed, *varying, **constants, num_warps=warps, enable_fp_fusion=True
+        )
+        last = kernel.arg_names[len(fixed) + len(varying) :]
+        if isinstance(binary, CompiledKernel) and last == list(constants):
+            self.ready[key] = binary, tuple(constants.values())
+
+    def settings(self, kernel: Any, more: dict[str, bool]) -> tuple[dict[str, Any], int]:
+        """The constants of a kernel, in its order, and the number of warps."""
+        every = more | self.constants
+        constants = {name: every[name] for name in kernel.arg_names if name in every}
+        return constants, max(self.warps, 4 if kernel in (kernels.read, kernels.gradient) else 8)
 
 
-def run_step(features: Tensor, target: Tensor, centers: Tensor, options: Options) -> TritonStep:
-    """Computes both terms, of validated arguments."""
-    features = features.reshape(-1, centers.shape[1])
-    target = target.reshape(-1)
-    loss, scalars, _, *stats = read_op(features, target, centers, options.ignore_index)
-    assert_on_device(
-        scalars[4],
-        f"target must hold class indices in [0, {len(centers)}) or ignore_index",
+plan = lru_cache(maxsize=256)(Plan)
+
+
+class KernelWork(NamedTuple):
+    """What the gradients and the update need of a step."""
+
+    plan: Plan
+    options: Options
+    features: Tensor  # (N, d)
+    target: Tensor
+    weight: Tensor  # the class weights, or a tensor that is not read
+    centers: Tensor | None
+    num_classes: int
+    rows: Tensor  # the unit centers of the samples' classes, (N, d)
+    total: Tensor  # sums of the unit centers, and of these times their weights, (2, d)
+    scalars: Tensor  # labels in range; 1 / sum of weights; samples that are finite; centers
+    # Of `move`; the last two are a block of unit centers and the Gram matrix, in the simplex form.
+    by_class: tuple[Tensor, ...] | None
+
+    def held(self, features: Tensor, centers: Tensor | None) -> "KernelWork":
+        """What the backward pass needs; without the centers' gradient they may change before."""
+        by_class = None if centers is None else self.by_class
+        return self._replace(features=features, centers=centers, by_class=by_class)
+
+    def plain(self) -> tuple[Batch, Tensor]:
+        """The batch and the expected unit centers (N, d), for the plain formula."""
+        (n, d), smoothing = self.features.shape, self.options.label_smoothing
+        centers = self.centers
+        if centers is None:  # only sizes are read
+            centers = self.rows.new_empty(self.num_classes, d, device="meta")
+        batch = prepare_batch(self.features, self.target, centers, self.options)
+        expected = (1 - smoothing) * self.rows[: n * d].view(n, d)
+        if batch.options.weight is not None:
+            expected *= batch.options.weight.index_select(0, batch.target).unsqueeze(-1)
+        return batch, expected + smoothing / self.num_classes * self.total[d : 2 * d]
+
+    def features_gradient(self, grad: Tensor) -> Tensor:
+        """Eq. 5 (N, d), times the norms of the features in the simplex form."""
+        features = self.features.detach().contiguous()
+        out, (n, d) = torch.empty_like(features), features.shape
+        given = features, self.target, self.weight, self.rows, self.total, self.scalars, out
+        sizes = self.num_classes, d, self.options.ignore_index
+        with torch.cuda.device_of(grad):
+            if n:
+                self.plan.launch(kernels.gradient, n, (grad, *given, *sizes), n)
+        return out
+
+    def centers_gradient(self, grad: Tensor) -> Tensor:
+        """The gradient of both terms for the centers (C, d)."""
+        assert self.centers is not None
+        centers = self.centers.detach().contiguous()
+        out = torch.empty_like(centers)
+        self._move(centers, out, grad, 0.0, GRADIENT=True, PER_SAMPLE=False, START=False)
+        return out
+
+    def update_(self, centers: Tensor, center_lr: float | None, *, start_zeros: bool) -> None:
+        """Eq. 8, in place."""
+        moved = centers.detach().contiguous()  # the centers' memory, unless strides are unusual
+        rate = CENTER_LR_PER_SAMPLE if center_lr is None else float(center_lr)
+        options = {"PER_SAMPLE": center_lr is None, "START": start_zeros}
+        self._move(moved, moved, self.scalars, rate, GRADIENT=False, **options)
+        if moved.data_ptr() != centers.data_ptr():
+            centers.copy_(moved)
+        elif not centers.is_inference():  # autograd learns of changes by PyTorch's operators alone
+            torch.autograd.graph.increment_version(centers)
+
+    def _move(
+        self, centers: Tensor, out: Tensor, grad: Tensor, rate: float, **constants: bool
+    ) -> None:
+        assert self.by_class is not None
+        of_classes, slots, counts, everyone, units, gram = self.by_class
+        p, (c, d), n, product = self.plan, centers.shape, len(self.features), gram
+        for start, end in p.ranges:
+            with full_precision(centers.device.type), torch.cuda.device_of(centers):
+                if len(p.ranges) > 1:  # only the last block is there
+                    part = units[: end - start]
+                    torch.mul(centers[start:end], of_classes[start:end, None], out=part)
+                    part.nan_to_num_(0, 0, 0)
+                if p.gram_size:
+                    product = gram @ units if c < d else units[: end - start] @ gram
+                fixed = (
+                    grad, self.target, centers, out, self.weight, product, of_classes, self.total,
+                    slots, counts, everyone, self.scalars, c, d,
+                )  # fmt: skip
+                varying = n, -(-n // TILE), start // p.rows, rate
+                p.launch(kernels.move, -(-(end - start) // p.rows), fixed, *varying, **constants)
+
+
+def read(
+    features: Tensor, target: Tensor, centers: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor, KernelWork]:
+    """The loss, both terms, the number of centers, and what the gradients and the update need."""
+    (n, d), c, tiles = features.shape, len(centers), -(-len(features) // TILE)
+    dtype, (form, weight, ignore_index, _, smoothing) = compute_dtype(features, centers), options
+    p = plan(c, d, dtype, form, weight is not None, smoothing, features.device)
+    blocks = p.blocks
+    x, target, vectors = features.detach().contiguous(), target.contiguous(), centers.detach()
+    vectors, own = vectors.contiguous(), target if weight is None else weight.contiguous()
+    loss, terms = x.new_empty((), dtype=dtype), x.new_empty(2, dtype=dtype)
+    rows, total, scalars = _arrays(x, dtype, n * d, 2 * d, 5)
+    of_classes, partial, numbers, squares = _arrays(
+        x, dtype, 2 * c, 2 * blocks * d, 2 * blocks, p.num_squares
     )
-    saved = features.detach(), target, scalars, *stats, options.ignore_index
-    num_centers = (stats[1][0] != 0).sum()
-    return TritonStep(loss, scalars[0], scalars[1], num_centers, saved)
+    cosines, inverses, slots, counts, in_tiles, everyone = _arrays(
+        x, dtype, n, n, tiles * TILE * d, tiles * TILE, tiles * d, d
+    )
+    fixed: tuple[Any, ...]
+    gram = units = loss  # not read in the paper's form
+    if p.gram_size:
+        units = x.new_empty(p.ranges[0][1], d, dtype=dtype)
+    with full_precision(x.device.type), torch.cuda.device_of(x):
+        for start, end in p.ranges:
+            first = start // p.each
+            programs = -(-end // p.each) - first + (n if end == c else 0)
+            fixed = (
+                x, target, vectors, own, units, rows, cosines, inverses, of_classes, partial,
+                numbers, c, d, ignore_index, blocks, p.each,
+            )  # fmt: skip
+            p.launch(kernels.read, programs, fixed, n, first)
+            if p.gram_size:
+                part = units[: end - start]
+                if start > 0:
+                    gram.addmm_(part.T, part)
+                else:
+                    gram = part @ part.T if c < d else part.T @ part
+        fixed = (
+            x, target, gram, cosines, inverses, of_classes, partial, total, squares, slots, counts,
+            in_tiles, c, d, ignore_index, blocks, p.gram_size, p.column_blocks,
+        )  # fmt: skip
+        programs = p.column_blocks * (1 + tiles) + p.num_squares
+        p.launch(kernels.sums, programs, fixed, n, tiles)
+        fixed = (
+            target, own, cosines, numbers, total, squares, in_tiles, everyone, loss, terms, scalars,
+            c, d, ignore_index, blocks, p.num_squares,
+        )  # fmt: skip
+        p.launch(kernels.finish, 1, fixed, n, tiles)
+    assert_on_device(scalars[0], f"target must hold class indices in [0, {c}) or ignore_index")
+    left = of_classes, slots, counts, everyone, units, gram
+    work = KernelWork(p, options, features, target, own, centers, c, rows, total, scalars, left)
+    return loss, terms[0], terms[1], scalars[3], work
+
+
+def _arrays(like: Tensor, dtype: torch.dtype, *sizes: int) -> tuple[Tensor, ...]:
+    """Several arrays in one allocation, each at a multiple of 16 values."""
+    padded = [-(-size // 16) * 16 for size in sizes]
+    parts: tuple[Tensor, ...] = like.new_empty(sum(padded), dtype=dtype).split(padded)
+    return parts

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from separate_loss import separate_loss
 from separate_loss._batch import Options
-from separate_loss._triton import backend
+from separate_loss._step import compute
+from separate_loss._triton import backend, kernels
 from separate_loss._triton import step as triton_step
 from tests.helpers.triton_steps import random_problem
 
@@ -31,57 +32,117 @@ def test_auto_does_not_import_triton_on_a_cpu() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_auto_takes_the_kernels_for_small_batches_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_kernels_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     class OnCuda(Tensor):
         """A tensor on the CPU that says it is on CUDA."""
 
         is_cuda = True
 
-    def takes(num_samples: int, on_cuda: bool = True, **options: Any) -> bool:
-        problem = random_problem(num_samples, 3, 5)
+    def takes(num_samples: int = 4, on_cuda: bool = True, **options: Any) -> bool:
+        problem = random_problem(num_samples, 1, 5)
         centers = problem.centers.as_subclass(OnCuda) if on_cuda else problem.centers
-        found = backend.kernels_for(problem.features, problem.target, centers, Options(**options))
-        return found is triton_step
+        arguments = problem.features, problem.target, centers, Options(**options)
+        return backend.kernels_for(*arguments, compute) is triton_step
 
     monkeypatch.setattr(backend, "BACKEND", "auto")
     monkeypatch.setattr(backend, "PLAIN_TYPES", (Tensor, OnCuda))
-    monkeypatch.setattr(triton_step, "works_on", lambda _: True)
-    assert takes(4)
-    assert takes(backend.AUTO_MAX_SAMPLES)
-    assert not takes(backend.AUTO_MAX_SAMPLES + 1)
-    assert not takes(4, on_cuda=False)
-    assert not takes(4, reduction="none")
-    assert not takes(4, separation="square")
-    assert not takes(4, weight=torch.ones(5))
+    monkeypatch.setattr(backend, "works_on", lambda *_: True)
+    assert takes()
+    assert takes(form="paper", label_smoothing=0.1, weight=torch.ones(5))
+    assert takes(backend.MAX_SAMPLES)
+    assert not takes(backend.MAX_SAMPLES + 1)
+    assert not takes(on_cuda=False)
+    assert not takes(reduction="none")
+    assert not takes(weight=torch.ones(5, requires_grad=True))
+    assert not takes(weight=torch.ones(5).to(torch.float8_e5m2))
     with monkeypatch.context() as patch:
-        patch.setattr(backend, "is_compiling", lambda: True)
-        assert not takes(4)
+        patch.setattr(backend, "in_eager", lambda: False)
+        assert not takes()
     with monkeypatch.context() as patch:
         patch.setattr(backend, "PLAIN_TYPES", ())
-        assert not takes(4)
+        assert not takes()
     with monkeypatch.context() as patch:
-        patch.setattr(triton_step, "works_on", lambda _: False)
-        assert not takes(4)
+        patch.setattr(backend, "works_on", lambda *_: False)
+        assert not takes()
 
 
-def test_auto_warns_once_if_kernels_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def capability(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The CPU and the interpreter take the place of a GPU."""
     capability = [8, 0]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: tuple(capability))
-    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(backend, "works", {})
+    monkeypatch.setattr(triton_step, "direct", True)
+    return capability
 
-    def works() -> bool:
-        triton_step.works_on.cache_clear()
-        return triton_step.works_on(cpu)
 
-    assert works()
-    monkeypatch.setattr(triton_step, "_read", None)
-    with pytest.warns(UserWarning, match="runs without its Triton kernels, .* not callable"):
-        assert not works()
-    assert not triton_step.works_on(cpu)  # Cached: warns once only.
+CPU = torch.device("cpu")
+
+
+def test_a_trial_passes_on_a_device_that_runs_the_kernels(capability: list[int]) -> None:
+    with torch.inference_mode():
+        assert backend.works_on(CPU, compute)
+    assert triton_step.direct
     capability[0] = 7
-    assert not works()
-    triton_step.works_on.cache_clear()
+    assert backend.works_on(CPU, compute)  # Known.
+    backend.works.clear()
+    assert not backend.works_on(CPU, compute)
+
+
+@pytest.mark.usefixtures("capability")
+def test_no_trial_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not backend.works_on(CPU, compute)
+    assert not backend.works
+
+
+@pytest.mark.usefixtures("capability")
+@pytest.mark.parametrize(
+    ("kernel", "wrong"),
+    [
+        ("read", "cosines"),
+        ("sums", "counts"),
+        ("finish", "loss"),
+        ("move", "out"),
+        ("gradient", "out"),
+    ],
+)
+def test_wrong_results_of_a_kernel_turn_all_off(
+    kernel: str, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = triton_step.Plan.launch
+
+    def broken(plan: Any, called: Any, programs: int, fixed: Any, *rest: Any, **more: Any) -> None:
+        launch(plan, called, programs, fixed, *rest, **more)
+        if called.__name__ == kernel:
+            fixed[called.arg_names.index(wrong)].mul_(1.5)
+
+    monkeypatch.setattr(triton_step.Plan, "launch", broken)
+    with pytest.warns(UserWarning, match="runs without its Triton kernels, which fail here: "):
+        assert not backend.works_on(CPU, compute)
+    assert not backend.works_on(CPU, compute)  # Warns once only.
+
+
+@pytest.mark.usefixtures("capability")
+def test_errors_of_a_compiler_turn_the_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "gradient", None)
+    with pytest.warns(UserWarning, match=r"without its Triton kernels, .*NoneType"):
+        assert not backend.works_on(CPU, compute)
+
+
+@pytest.mark.usefixtures("capability")
+def test_wrong_direct_launches_leave_the_usual_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = triton_step.Plan.launch
+
+    def broken(plan: Any, called: Any, *arguments: Any, **more: Any) -> None:
+        if triton_step.direct and called is kernels.move:
+            raise TypeError("function takes exactly 11 arguments (40 given)")
+        launch(plan, called, *arguments, **more)
+
+    monkeypatch.setattr(triton_step.Plan, "launch", broken)
+    assert backend.works_on(CPU, compute)
+    assert not triton_step.direct
 
 
 def test_triton_raises_the_reason_if_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

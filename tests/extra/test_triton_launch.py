@@ -1,6 +1,5 @@
-"""The Triton kernels as operators of PyTorch: registration, torch.compile, launches, GPUs."""
+"""Launches of the Triton kernels: how many, in which modes, for which GPUs."""
 
-import copy
 import os
 import subprocess
 import sys
@@ -9,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.compiler import CompiledKernel
 
 from separate_loss import SeparateLoss, separate_loss
 from separate_loss._triton import step as triton_step
@@ -23,40 +22,13 @@ pytestmark = [
 ]
 
 
-def test_operators_pass_opcheck() -> None:
-    """Schema, autograd registration, fake tensors, and ahead-of-time dispatch."""
+def test_compiled_code_runs_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = random_problem(5, 3, 4)
-    features, centers = problem.requiring_grad()
-    torch.library.opcheck(triton_step.read_op, (features, problem.target, centers, -100))
-    features, target, centers = problem.features.bfloat16(), problem.target, problem.centers
-    loss, numbers, rows, *others = triton_step.read_op(features, target, centers, -100)
-    batch = loss, features, target
-    torch.library.opcheck(
-        triton_step.features_gradient_op, (*batch, numbers, rows, others[0], -100)
-    )
-    others = numbers, *others, -100
-    torch.library.opcheck(triton_step.centers_gradient_op, (*batch, centers, *others))
-    torch.library.opcheck(triton_step.move_op, (centers, features, target, *others, 0.5, True))
-
-
-@pytest.mark.parametrize("center_update", ["forward", "gradient"])
-def test_compiled_steps_have_one_graph_for_all_batch_sizes(center_update: Any) -> None:
-    torch._dynamo.reset()
-    plain = SeparateLoss(4, 3, center_update=center_update)
-    twin = copy.deepcopy(plain)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
-    fast = torch.compile(twin, fullgraph=True, dynamic=True, backend=counter)
-    for size in (8, 5, 13):
-        problem = random_problem(size, 3, 4)
-        results = []
-        for criterion, call in ((plain, plain), (twin, fast)):
-            leaf, _ = problem.requiring_grad()
-            with torch._dynamo.config.patch(error_on_recompile=True):
-                loss = call(leaf, problem.target)
-            loss.backward()
-            results.append((loss, leaf.grad, criterion.centers.grad, criterion.centers.detach()))
-        torch.testing.assert_close(*results)
-    assert "separate_loss.read" in counter.graphs[-1].code
+    expected = separate_loss(problem.features, problem.target, problem.centers)
+    monkeypatch.setattr(triton_step.Plan, "launch", None)
+    compiled = torch.compile(separate_loss, fullgraph=True, backend="eager")
+    found = compiled(problem.features, problem.target, problem.centers)
+    torch.testing.assert_close(found, expected)
 
 
 def test_autocast_and_inference_mode_change_nothing() -> None:
@@ -84,13 +56,8 @@ def test_steps_repeat_to_the_last_bit() -> None:
 
 
 # Operators without a launch.
-FREE = {"detach", "select", "view", "empty", "new_empty", "empty_like", "promote_types"}
-IMPLEMENTATIONS: dict[str, Any] = {
-    "read": triton_step._read,
-    "features_gradient": triton_step._features_gradient,
-    "centers_gradient": triton_step._centers_gradient,
-    "move_": triton_step._move_centers,
-}
+FREE = {"detach", "select", "view", "empty", "new_empty", "empty_like", "split", "transpose", "t"}
+FREE |= {"slice", "permute", "split_with_sizes"}
 
 
 class Launches(TorchDispatchMode):
@@ -104,34 +71,87 @@ class Launches(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func.overloadpacket.__name__
-        if func.namespace == "separate_loss":
-            with self:  # operators that the implementation calls
-                return IMPLEMENTATIONS[name](*args, **(kwargs or {}))
         if name not in FREE:
             self.names.append(name)
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("center_update", ["forward", "gradient"])
-def test_a_step_has_at_most_6_launches(center_update: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("form", "most"), [("simplex", 8), ("paper", 6)])
+@pytest.mark.parametrize("num_classes", [7, 20])
+def test_a_step_has_few_launches(
+    num_classes: int, form: Any, most: int, center_update: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Forward, backward, and the update or the gradient of the centers."""
-    problem = random_problem(16, 64, 7)
+    problem = random_problem(6, 9, num_classes)
     features, _ = problem.requiring_grad()
-    criterion = SeparateLoss(7, 64, center_update=center_update)
+    options: Any = {"form": form, "center_update": center_update, "label_smoothing": 0.1}
+    criterion = SeparateLoss(num_classes, 9, **options)
     criterion(features.detach(), problem.target)  # The first call validates the centers.
-    launch, launches = triton_step._launch, Launches()
+    launch, launches, one = triton_step.Plan.launch, Launches(), torch.ones(())
 
-    def counting(kernel: Any, *arguments: Any, **constants: Any) -> None:
+    def counting(plan: Any, kernel: Any, *arguments: Any, **constants: Any) -> None:
         launches.names.append(kernel.__name__)
         with _disable_current_modes():
-            launch(kernel, *arguments, **constants)
+            launch(plan, kernel, *arguments, **constants)
 
-    monkeypatch.setattr(triton_step, "_launch", counting)
+    monkeypatch.setattr(triton_step.Plan, "launch", counting)
     with launches:
-        criterion(features, problem.target).backward()
+        criterion(features, problem.target).backward(one)
     assert features.grad is not None
-    assert "read" in launches.names
-    assert len(launches.names) <= 6, launches.names
+    assert {"read", "sums", "finish", "move", "gradient"} <= set(launches.names)
+    assert len(launches.names) <= most, launches.names
+
+
+class Binary(CompiledKernel):  # type: ignore[misc]
+    """Counts its launches."""
+
+    module = None
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return lambda *arguments: self.calls.append((grid, *arguments))
+
+
+class Kernel:
+    """A kernel that compiles a binary for each launch."""
+
+    __name__ = "kernel"
+    arg_names = ("vectors", "size", "n", "TILE")
+
+    def __init__(self) -> None:
+        self.binaries: list[Binary] = []
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def launch(*_: Any, **constants: Any) -> Binary:
+            assert constants["TILE"] == triton_step.TILE
+            self.binaries.append(Binary())
+            return self.binaries[-1]
+
+        return launch
+
+
+def test_binaries_are_launched_again_for_equal_types_alignments_and_integers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernel = Kernel()
+    monkeypatch.setattr(Kernel, "arg_names", list(Kernel.arg_names))
+    plan = triton_step.Plan(4, 3, torch.float32, "paper", False, 0.0, torch.device("cpu"))
+    vectors = torch.zeros(33)
+    plan.launch(kernel, 2, (vectors, 5), 7)
+    plan.launch(kernel, 3, (vectors, 5), 8)
+    plan.launch(kernel, 3, (vectors[16:], 5), 1)
+    assert [len(one.calls) for one in kernel.binaries] == [2]
+    assert kernel.binaries[0].calls[0][0] == (3, 1, 1)
+    assert kernel.binaries[0].calls[0][2:] == (5, 8, triton_step.TILE)
+    for other in ((vectors[1:], 5), (vectors.double(), 5), (vectors, 16)):
+        plan.launch(kernel, 2, other, 7)
+    assert [len(one.calls) for one in kernel.binaries] == [2, 0, 0, 0]
+    monkeypatch.setattr(triton_step, "direct", False)
+    plan.launch(kernel, 2, (vectors, 5), 7)
+    assert len(kernel.binaries) == 5
 
 
 def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
@@ -140,7 +160,7 @@ def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "tests.helpers.compile_kernels"]
     found = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    names = ("features_gradient", "finish", "move", "read")
+    names = ("finish", "gradient", "move", "read", "sums")
     assert found.stdout.split("\n")[0] == " ".join(
         str((name, capability)) for name in names for capability in (80, 90)
     )

@@ -15,48 +15,62 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
+from separate_loss._batch import Options
 from separate_loss._triton import step as triton_step
 
-CASES: list[tuple[list[torch.dtype], tuple[int, int, int], list[int]]] = [
-    ([torch.float32, torch.float32, torch.int64], (128, 512, 7), [80, 90]),
-    ([torch.bfloat16, torch.float32, torch.int64], (1, 1, 2), [80]),
-    ([torch.float16, torch.float64, torch.uint8], (3, 100, 5000), [90]),
+Case = tuple[list[torch.dtype], tuple[int, int, int], Options]
+CASES: list[tuple[Case, list[int]]] = [
+    (([torch.float32, torch.float32, torch.int64], (128, 512, 7), Options()), [90]),
+    (([torch.bfloat16, torch.float32, torch.int64], (1, 1, 2), Options("paper")), [80]),
+    (
+        (
+            [torch.float16, torch.float64, torch.uint8],
+            (3, 24, 5000),
+            Options(weight=torch.ones(5000), label_smoothing=0.1),
+        ),
+        [80],
+    ),
 ]
-"""Types of features, centers and target, sizes, and the compute capabilities to compile for."""
+"""Types of features, centers and target, sizes, options, and compute capabilities."""
 
-Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+Launch = tuple[Any, dict[str, Any], dict[str, Any], int]
 
 
 def launches() -> Iterator[tuple[Launch, list[int]]]:
     """Records what each case would launch, with its capabilities; the kernels do not run."""
-    recorded: list[tuple[Launch, list[int]]] = []
-    capabilities: list[int] = []
+    recorded: list[Launch] = []
 
-    def record(kernel: Any, _: int, *arguments: Any, **constants: Any) -> None:
-        recorded.append(((kernel, arguments, constants), capabilities))
+    def record(
+        plan: Any, kernel: Any, _: int, fixed: tuple[Any, ...], *varying: Any, **more: bool
+    ) -> None:
+        values = dict(zip(kernel.arg_names, (*fixed, *varying), strict=False))
+        recorded.append((kernel, values, *plan.settings(kernel, more)))
 
-    setattr(triton_step, "_launch", record)  # noqa: B010
-    for types, (num_samples, d, num_classes), capabilities in CASES:  # noqa: B007
+    setattr(triton_step.Plan, "launch", record)  # noqa: B010
+    setattr(triton_step, "assert_on_device", lambda *_: None)  # noqa: B010
+    for (types, (num_samples, d, num_classes), options), capabilities in CASES:
         features = torch.zeros(num_samples, d, dtype=types[0])
         centers = torch.zeros(num_classes, d, dtype=types[1])
         target = torch.zeros(num_samples, dtype=types[2])
-        loss, *left = triton_step._read(features, target, centers, -100)
-        numbers, rows, samples, classes, total = left
-        triton_step._features_gradient(loss, features, target, numbers, rows, samples, -100)
-        others = numbers, samples, classes, total, -100
-        triton_step._centers_gradient(loss, features, target, centers, *others)
-        rate = 0.5 if num_classes == 7 else None
-        triton_step._move_centers(centers, features, target, *others, rate, start=num_classes == 7)
-    yield from recorded
+        loss, *_, work = triton_step.read(features, target, centers, options)
+        work.features_gradient(loss)
+        work.centers_gradient(loss)
+        work.update_(centers, 0.5 if num_classes == 7 else None, start_zeros=num_classes == 7)
+        yield from ((launch, capabilities) for launch in recorded)
+        recorded.clear()
 
 
 def compiled(
-    kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], capability: int
+    kernel: Any, values: dict[str, Any], constants: dict[str, Any], warps: int, capability: int
 ) -> Any:
-    options = {name: constants[name] for name in constants if name not in kernel.arg_names}
-    values = dict(zip(kernel.arg_names, arguments, strict=False))
-    fixed = {name: constants[name] for name in kernel.arg_names if name in constants}
-    fixed |= {name: 1 for name, value in values.items() if isinstance(value, int) and value == 1}
+    """Specialized as by a launch."""
+    varying = set(kernel.do_not_specialize)
+    whole = {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, int) and name not in varying
+    }
+    fixed = constants | {name: 1 for name, value in whole.items() if value == 1}
     signature = {
         name: "constexpr"
         if name in fixed
@@ -68,21 +82,22 @@ def compiled(
     aligned = {
         (position,): [["tt.divisibility", 16]]
         for position, name in enumerate(kernel.arg_names)
-        if isinstance(values.get(name), Tensor)
-        or (isinstance(values.get(name), int) and values[name] % 16 == 0)
+        if (isinstance(values.get(name), Tensor) and name not in varying)
+        or whole.get(name, 1) % 16 == 0
     }
     source = ASTSource(kernel, signature, fixed, aligned)
+    options = {"num_warps": warps, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def main() -> None:
     done = set()
-    for (kernel, arguments, constants), capabilities in launches():
+    for (kernel, values, constants, warps), capabilities in launches():
         for capability in capabilities:
-            binary = compiled(kernel, arguments, constants, capability)
+            binary = compiled(kernel, values, constants, warps, capability)
             assert len(binary.asm["cubin"]) > 0
             done.add((kernel.__name__, capability))
-            print(kernel.__name__, capability, constants["WIDTH"], file=sys.stderr)
+            print(kernel.__name__, capability, constants, file=sys.stderr)
     print(*sorted(done))
 
 

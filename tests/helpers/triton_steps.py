@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from separate_loss import SeparateLoss, separate_loss
+from separate_loss import _step
+from separate_loss._batch import Options
 from separate_loss._triton import backend
-from separate_loss.functional import update_centers
+from separate_loss._triton import step as triton_step
 from tests.helpers.properties import Problem, assert_equal
 
 CENTER_LR = 0.5
@@ -22,69 +23,66 @@ class Outcome(NamedTuple):
     centers_grad: Tensor
     new_centers: Tensor
 
-    def rescaled(self, problem: Problem) -> "Outcome":
+    def rescaled(self, problem: Problem, form: str) -> "Outcome":
         """In float64 and of order 1.
 
-        Gradients are multiplied by norms, new centers divided by the norm or by the size of the
-        update, whichever is larger.
+        Gradients are multiplied by norms where they are in inverse proportion to these, new centers
+        divided by the norm or by the size of the update, whichever is larger.
         """
         features, centers = (
             vectors.double().norm(dim=-1, keepdim=True).nan_to_num(0, 0, 0)
             for vectors in (problem.features, problem.centers)
         )
-        size = torch.where(centers > 0, centers.maximum(CENTER_LR / centers), 1)
+        directed = (centers > 1e-19) & (centers < 1e19)
+        size = torch.where(directed, centers.maximum(CENTER_LR / centers), 1)
+        features = features if form == "paper" else torch.ones(())
         factors = 1, 1, 1, features, centers, 1 / size
-        return Outcome(*(one.detach() * by for one, by in zip(self, factors, strict=True)))
+        return Outcome(*(one.detach().double() * by for one, by in zip(self, factors, strict=True)))
 
 
 def uses_kernels(loss: Tensor) -> bool:
-    return "separate_loss_read" in str(loss.grad_fn)
+    return "KernelWork" in str(getattr(loss.grad_fn, "packed", ""))
+
+
+def shrink_constants(patch: pytest.MonkeyPatch) -> None:
+    """As with thousands of classes: programs of several centers, several blocks and tiles."""
+    for name, value in (
+        ("PROGRAMS", 2), ("VALUES", 16), ("TILE", 16), ("SQUARES", 8), ("BLOCK_SIZE", 16)
+    ):  # fmt: skip
+        patch.setattr(triton_step, name, value)
+    patch.setattr(triton_step, "plan", triton_step.Plan)  # keeps none
 
 
 def run_step(
     problem: Problem,
     backend_name: str = "triton",
     *,
+    form: Any = "simplex",
+    label_smoothing: float = 0.0,
     start: bool = False,
     center_lr: float | None = CENTER_LR,
-    scale_free: bool = False,
 ) -> Outcome:
-    """Runs a step with the public functions; with `start`, the module also starts zero centers."""
+    """Runs a step, the gradients and the update; with `start`, zero centers start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "BACKEND", backend_name)
         features, centers = problem.requiring_grad()
-        target = problem.target
-        ignoring: Any = {"ignore_index": problem.ignore_index}
-        loss = separate_loss(features, target, centers, scale_free=scale_free, **ignoring)
-        assert uses_kernels(loss) == (backend_name == "triton")
-        gradients = torch.autograd.grad(loss, (features, centers))
-        criterion = SeparateLoss(
-            *centers.shape, center_lr=center_lr, dtype=centers.dtype, **ignoring
-        ).train(start)
-        with torch.no_grad():
-            # The first call refuses centers that are not finite.
-            criterion(features[:0], target[:0])
-            criterion.centers.copy_(centers)
-        again = criterion(features, target)
-        torch.testing.assert_close(again, loss, rtol=0, atol=0, equal_nan=True)
-        assert criterion.last_terms is not None
-        new_centers = criterion.centers
-        if not start:
-            new_centers = update_centers(
-                features.detach(), target, centers.detach(), center_lr=center_lr, **ignoring
-            )
-        intra, inter = criterion.last_terms
-        return Outcome(loss, intra, inter, gradients[0], gradients[1], new_centers)
+        options = Options(form, problem.weight, problem.ignore_index, "mean", label_smoothing)
+        step = _step.run_step(features, problem.target, centers, options)
+        assert uses_kernels(step.loss) == (backend_name == "triton")
+        by_features, by_centers = torch.autograd.grad(step.loss, (features, centers))
+        moved = centers.detach().clone()
+        step.update_(moved, center_lr, start_zeros=start)
+        return Outcome(step.loss, step.intra, step.inter, by_features, by_centers, moved)
 
 
-def assert_backends_agree(problem: Problem, dtype: torch.dtype, **options: Any) -> Outcome:
-    """Compares both backends with the tolerance of `dtype`; returns the rescaled outcome."""
+def assert_backends_agree(problem: Problem, **options: Any) -> None:
+    """Compares both backends, each tensor with the tolerance of its type."""
+    form = options.get("form", "simplex")
     found, expected = run_step(problem, **options), run_step(problem, "torch", **options)
     assert [one.dtype for one in found] == [one.dtype for one in expected]
-    rescaled = found.rescaled(problem)
-    for one, other in zip(rescaled, expected.rescaled(problem), strict=True):
-        assert_equal(one, other.numpy(), dtype)
-    return rescaled
+    pairs = zip(found.rescaled(problem, form), expected.rescaled(problem, form), strict=True)
+    for original, (one, other) in zip(found, pairs, strict=True):
+        assert_equal(one, other.numpy(), original.dtype)
 
 
 def random_problem(
