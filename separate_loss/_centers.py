@@ -200,7 +200,7 @@ def _update_rows_(
     weight = weight.index_select(0, index).unsqueeze(-1) / norms
     if start_zeros:
         weight = weight.masked_fill(norms.isinf(), 1)
-    pull = tangent_(sums.clone(), statistics.unit_rows(centers, index)) * weight
+    pull = tangent(sums, statistics.unit_rows(centers, index)) * weight
     push = read_push(statistics, -rate)
     for rows in statistics.blocks(centers):
         _push_(centers[rows], rows, statistics, push)

@@ -55,6 +55,8 @@ def test_a_training_step_runs_few_operators(
     target = torch.randint(num_classes, (128,))
 
     def step() -> None:
+        features.grad = None
+        head.zero_grad()
         criterion(head(features) if joint else features, target).backward()
 
     step()
