@@ -93,16 +93,18 @@ def check_same_dtype(num_double: int, size: int) -> None:
 
 
 def all_reduce_sums(
-    group: "ProcessGroup", dtype: torch.dtype, sums: Tensor, count: Tensor
+    group: "ProcessGroup", dtype: torch.dtype, packed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sums class sums (C, d) and counts (C,) over all processes, in one message of type `dtype`."""
+    """Sums class sums (C, d) and counts (C,) over all processes, in one message of type `dtype`.
+
+    `packed` (C + 1, d + 1) holds the counts in the last column, and space in the last row.
+    """
     # The last row counts the processes that compute in float64.
-    packed = sums.new_zeros(len(sums) + 1, sums.shape[1] + 1, dtype=dtype)
-    packed[:-1, :-1] = sums
-    packed[:-1, -1] = count
-    packed[-1] = float(sums.dtype == torch.float64)
-    dist.all_reduce(packed, group=group)
-    packed, of_double = packed[:-1].to(sums), packed[-1, 0]
+    packed[-1] = float(packed.dtype == torch.float64)
+    message = packed.to(dtype)
+    dist.all_reduce(message, group=group)
+    packed = message.to(packed)
+    of_double = packed[-1, 0]
     size = dist.get_world_size(group)
     if has_values(of_double):
         check_same_dtype(int(of_double), size)
@@ -110,7 +112,7 @@ def all_reduce_sums(
         assert_on_device(
             (of_double == 0) | (of_double == size), "features must have one type in all processes"
         )
-    return packed[:, :-1], packed[:, -1]
+    return packed[:-1, :-1], packed[:-1, -1]
 
 
 def all_reduce_gradient(centers: Tensor, group: "ProcessGroup") -> Tensor:

@@ -317,13 +317,18 @@ def update_sums(
     few_classes = not torch.compiler.is_compiling() and num_classes <= len(units)
     if batch.target.is_floating_point():
         sums, counts = probability_sums(units, batch.target, valid, statistics)
-    elif few_classes or group is not None:
+    elif few_classes and group is None:
         sums, counts = class_sums(units, batch.target, valid, num_classes)
-    else:
+    elif group is None:
         return units, valid, batch.target
     if group is not None:
-        message = torch.promote_types(dtype, torch.float32)
-        sums, counts = all_reduce_sums(group, message, sums, counts)
+        # Packed at once, so that there is one tensor of the size of the centers.
+        packed = units.new_zeros(num_classes + 1, units.shape[1] + 1)
+        if batch.target.is_floating_point():
+            packed[:-1, :-1], packed[:-1, -1] = sums, counts
+        else:
+            packed.index_add_(0, batch.target, torch.cat([units, valid.unsqueeze(-1)], dim=-1))
+        sums, counts = all_reduce_sums(group, torch.promote_types(dtype, torch.float32), packed)
     return sums, counts, None
 
 
