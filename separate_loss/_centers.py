@@ -115,19 +115,34 @@ def read_push(statistics: CenterStatistics, factor: Number) -> Push:
 
 
 def centers_gradient(
-    centers: Tensor, statistics: CenterStatistics, sums: Tensor, inter_grad: Number
+    centers: Tensor,
+    statistics: CenterStatistics,
+    sums: Tensor,
+    inter_grad: Number,
+    index: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of the loss for the centers (C, d), written over `sums`.
+    """The gradient of the loss for the centers (C, d).
 
-    `sums` is the gradient of L_intra for the unit centers, `inter_grad` that for L_inter.
+    `inter_grad` is that for L_inter, and `sums` (K, d) that of L_intra for the unit centers: of the
+    centers `index` (K,), which may repeat; None: of all centers, and the result is written over it.
     """
     push = read_push(statistics, 2 * inter_grad)
+    whole = sums if index is None else torch.empty_like(centers)
     for rows in statistics.blocks(centers):
-        units = statistics.unit_rows(centers, rows)
-        step = sums[rows].add_(push.of(units))
-        tangent_(step, units).div_(statistics.norms[rows].unsqueeze(-1))
-        del units  # before those of the next block
-    return sums
+        norms, part = statistics.norms[rows].unsqueeze(-1), whole[rows]
+        if index is not None and push.matrix is None:
+            along = (centers[rows] @ push.vector).unsqueeze(-1) / norms / norms
+            torch.addcmul(push.vector, centers[rows], along, value=-1, out=part)
+        else:
+            units = statistics.unit_rows(centers, rows)
+            part = part.copy_(push.of(units)) if index is not None else part.add_(push.of(units))
+            tangent_(part, units)
+            del units  # before those of the next block
+        part.div_(norms)
+    if index is not None:
+        norms = statistics.norms.index_select(0, index).unsqueeze(-1)
+        whole.index_add_(0, index, tangent(sums, statistics.unit_rows(centers, index)) / norms)
+    return whole
 
 
 def update_centers_(

@@ -93,21 +93,25 @@ class Work(NamedTuple):
         batch, samples, statistics, _ = self
         weight, smoothing = batch.options.weight, batch.options.label_smoothing
         rows = samples.units * self._each(grad).unsqueeze(-1)
+        index: Tensor | None = None
         if batch.target.is_floating_point():
             sums = batch.target.mT @ rows
+        elif smoothing == 0 and statistics.num_classes > len(rows):
+            index = batch.target
+            sums = rows if weight is None else rows * weight.index_select(0, index).unsqueeze(-1)
         else:
             sums = rows.new_zeros(statistics.num_classes, rows.shape[1])
             sums.index_add_(0, batch.target, rows)
         if smoothing > 0:
             sums.mul_(1 - smoothing).add_(rows.sum(0), alpha=smoothing / statistics.num_classes)
-        if weight is not None:
+        if weight is not None and index is None:
             sums.mul_(weight.unsqueeze(-1))
         of_inter, sample_weight = grad, batch.sample_weight
         if batch.options.reduction == "sum":
             of_inter = grad * (len(rows) if sample_weight is None else sample_weight.sum())
         elif batch.options.reduction == "none":
             of_inter = grad.sum() if sample_weight is None else grad.dot(sample_weight)
-        return centers_gradient(batch.centers, statistics, sums, of_inter)
+        return centers_gradient(batch.centers, statistics, sums, of_inter, index)
 
     def _each(self, grad: Tensor) -> Tensor:
         """The gradient for the samples' cosines, (N,) or a scalar."""
