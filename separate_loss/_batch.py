@@ -94,7 +94,9 @@ def prepare_batch(
         total = num_classes if weight is None else weight.sum()
         uniform = smoothing / num_classes * (total if valid is None else total * valid)
         sample_weight = (1 - smoothing) * sample_weight + uniform
-    options = options._replace(weight=weight)
+    # Not by _replace, which the compiler of torch 2.6 does not trace.
+    form, _, ignore_index, reduction, _ = options
+    options = Options(form, weight, ignore_index, reduction, smoothing)
     return Batch(features, target, valid, sample_weight, centers.to(dtype), options)
 
 

@@ -174,7 +174,7 @@ def run_step(
         kernels = kernels_for(features, target, centers, options, compute)
     step = compute(features, target, centers, options, kernels)
     loss = step.loss.reshape(features.shape[:-1]) if options.reduction == "none" else step.loss
-    return step._replace(loss=loss, group=group)
+    return Step(loss, step.intra, step.inter, step.num_centers, step.work, group)
 
 
 def compute(

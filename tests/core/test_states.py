@@ -21,7 +21,7 @@ from separate_loss._torch import RELEASE
 from separate_loss.sharded import ShardedSeparateLoss
 from tests.helpers.processes import run_in
 from tests.helpers.properties import property_test
-from tests.helpers.releases import needs_sharding_on_cpu
+from tests.helpers.releases import needs_compiled_transforms, needs_sharding_on_cpu
 
 NUM_CLASSES, FEATURE_DIM = 5, 4
 SHAPE = NUM_CLASSES, FEATURE_DIM
@@ -363,7 +363,13 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=needs_compiled_transforms if name == "compiled" else ())
+        for name in TRANSFORMS
+    ],
+)
 def test_last_terms_hold_nothing_of_a_transform(name: str) -> None:
     criterion = SeparateLoss(*SHAPE, center_init="sphere").eval()
     features, target = torch.randn(10, FEATURE_DIM), torch.arange(10) % NUM_CLASSES
