@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from separate_loss._ops import least_norm, read_norms, row_blocks, tangent, tangent_
+from separate_loss._ops import least_norm, read_norms, row_blocks, tangent
 from separate_loss._terms import Number, normalize, simplex_constants
 from separate_loss._tracing import has_values
 
@@ -136,7 +136,7 @@ def centers_gradient(
         else:
             units = statistics.unit_rows(centers, rows)
             part = part.copy_(push.of(units)) if index is not None else part.add_(push.of(units))
-            tangent_(part, units)
+            tangent(part, units, out=part)
             del units  # before those of the next block
         part.div_(norms)
     if index is not None:
@@ -216,6 +216,9 @@ def _update_rows_(
     if start_zeros:
         weight = weight.masked_fill(norms.isinf(), 1)
     pull = tangent(sums, statistics.unit_rows(centers, index)) * weight
+    if start_zeros:  # a row that is not finite starts anew
+        rows_of_samples = centers.index_select(0, index).masked_fill(norms.isinf(), 0)
+        centers.index_copy_(0, index, rows_of_samples)
     push = read_push(statistics, -rate)
     for rows in statistics.blocks(centers):
         _push_(centers[rows], rows, statistics, push)
@@ -235,7 +238,8 @@ def _push_(centers: Tensor, rows: slice, statistics: CenterStatistics, push: Pus
         centers.addcmul_(push.vector, norms.reciprocal().unsqueeze(-1))
         return
     units = centers / norms.unsqueeze(-1) if statistics.units is None else statistics.units
-    centers.addcdiv_(tangent_(push.of(units), units), norms.unsqueeze(-1))
+    step = push.of(units)
+    centers.addcdiv_(tangent(step, units, out=step), norms.unsqueeze(-1))
 
 
 def _directions(sums: Tensor) -> Tensor:

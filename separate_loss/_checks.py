@@ -245,10 +245,9 @@ def check_logits(logits: Tensor, target: Tensor, class_dim: int, num_classes: in
             f"logits must have {num_classes} values in {place}, one per class, "
             f"got shape {tuple(logits.shape)}"
         )
-    if logits.ndim <= 2:
-        check_batch(logits, target, num_classes, name="logits")
-        return
     check_tensor("target", target)
+    if logits.ndim <= 2:  # for `check_batch`
+        return
     samples = (*logits.shape[:class_dim], *logits.shape[class_dim + 1 :])
     if target.shape != (logits.shape if target.is_floating_point() else samples):
         raise ValueError(

@@ -40,7 +40,7 @@ from separate_loss._initial import (
     seen_now,
 )
 from separate_loss._step import run_step
-from separate_loss._torch import compiler_moves_buffers, not_compiled, unwrapped, version_of
+from separate_loss._torch import compiler_moves_buffers, run_uncompiled, unwrapped, version_of
 from separate_loss._tracing import has_values
 
 if TYPE_CHECKING:
@@ -213,13 +213,10 @@ class SeparateLoss(nn.Module):
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """Returns the loss; then, in training, updates the centers."""
-        return self._step(features, target)
-
-    def _step(self, features: Tensor, target: Tensor, *, may_update: bool = True) -> Tensor:
-        updating = may_update and self.training and self.center_update == "forward"
-        updating = updating and torch.is_grad_enabled()
+        updating = self.training and torch.is_grad_enabled() and self.center_update == "forward"
         if updating and torch.compiler.is_compiling() and not compiler_moves_buffers():
-            return _uncompiled(self._compute, features, target, updating)
+            loss: Tensor = run_uncompiled(self._compute, features, target, updating)
+            return loss
         return self._compute(features, target, updating)
 
     def _compute(self, features: Tensor, target: Tensor, updating: bool) -> Tensor:
@@ -337,10 +334,3 @@ class SeparateLoss(nn.Module):
         names += [name for name, default in defaults.items() if getattr(self, name) != default]
         parts = [f"{name}={getattr(self, name)!r}" for name in names]
         return ", ".join(parts if self.weight is None else [*parts, "weight=..."])
-
-
-@not_compiled
-def _uncompiled(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    # The mark alone would leave what `compute` calls to the compiler.
-    result: Tensor = torch.compiler.disable(compute)(*arguments)
-    return result

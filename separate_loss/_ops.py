@@ -53,16 +53,10 @@ def read_norms(vectors: Tensor) -> tuple[Tensor, Tensor | None]:
     return norms.where(usable, torch.inf), usable
 
 
-def tangent(vectors: Tensor, units: Tensor) -> Tensor:
+def tangent(vectors: Tensor, units: Tensor, out: Tensor | None = None) -> Tensor:
     """The part of vectors that is orthogonal to unit vectors: v - (v . u) u."""
     along = (vectors * units).sum(-1, keepdim=True)
-    return torch.addcmul(vectors, along, units, value=-1)
-
-
-def tangent_(vectors: Tensor, units: Tensor) -> Tensor:
-    """`tangent` in place."""
-    along = (vectors * units).sum(-1, keepdim=True)
-    return vectors.addcmul_(along, units, value=-1)
+    return torch.addcmul(vectors, along, units, value=-1, out=out)
 
 
 def row_blocks(vectors: Tensor) -> list[slice]:

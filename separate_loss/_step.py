@@ -1,5 +1,6 @@
 """One step: both terms of Eq. 4, their gradients in closed form, and the update of the centers."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from separate_loss._terms import (
     reduce,
     scale_gradient,
 )
-from separate_loss._torch import tree_flatten, tree_unflatten, under_vmap
+from separate_loss._torch import under_vmap
 from separate_loss._tracing import in_eager
 from separate_loss._triton.backend import kernels_for
 
@@ -152,6 +153,7 @@ class Step(NamedTuple):
         self, centers: Tensor, center_lr: float | None, *, start_zeros: bool = False
     ) -> None:
         """Applies Eq. 8 to the centers of the step, or to a copy of them, in place."""
+        # No kernels run with a group.
         group: Any = {} if self.group is None else {"group": self.group}
         with torch.no_grad():
             self.work.update_(centers, center_lr, start_zeros=start_zeros, **group)
@@ -261,13 +263,14 @@ class _ClosedForm(Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, centers: Tensor, step: Step) -> Tensor:
         work = step.work.held(features, centers if ctx.needs_input_grad[1] else None)
-        ctx.packed, tensors = _pack(work)
+        tensors: list[Tensor] = []
+        ctx.packed = _pack(work, tensors)
         ctx.save_for_backward(*tensors)
         return step.loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        work = _unpack(ctx.packed, ctx.saved_tensors)
+        work = _unpack(ctx.packed, iter(ctx.saved_tensors))
         of_features, of_centers, _ = ctx.needs_input_grad
         if torch.is_grad_enabled() or under_vmap(grad):
             return (*_differentiable_gradients(work, grad, of_features, of_centers), None)
@@ -370,15 +373,25 @@ def probability_sums(
     return (target.mT @ units).nan_to_num(0, 0, 0), counts.nan_to_num(0, 0, 0)
 
 
-def _pack(parts: Any) -> tuple[Any, list[Tensor | None]]:
-    """The structure of nested tuples, and their tensors, which autograd keeps."""
-    leaves, structure = tree_flatten(parts)
-    tensors = [leaf if isinstance(leaf, Tensor) else None for leaf in leaves]
-    others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return (structure, others), tensors
+def _pack(part: Any, tensors: list[Tensor]) -> Any:
+    """Nested tuples with `_HOLE` in place of their tensors, which go into a list for autograd."""
+    if isinstance(part, Tensor):
+        tensors.append(part)
+        return _HOLE
+    if not isinstance(part, tuple):
+        return part
+    parts = [_pack(one, tensors) for one in part]
+    return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
 
 
-def _unpack(packed: Any, tensors: Any) -> Any:
-    structure, others = packed
-    pairs = zip(tensors, others, strict=True)
-    return tree_unflatten([other if one is None else one for one, other in pairs], structure)
+def _unpack(part: Any, tensors: Iterator[Tensor]) -> Any:
+    """The nested tuples with their tensors again."""
+    if part is _HOLE:
+        return next(tensors)
+    if not isinstance(part, tuple):
+        return part
+    parts = [_unpack(one, tensors) for one in part]
+    return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
+
+
+_HOLE = object()

@@ -11,9 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils import _pytree
-
-tree_flatten, tree_unflatten = _pytree.tree_flatten, _pytree.tree_unflatten
 
 RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
 

@@ -7,8 +7,7 @@ over its norm.
 
 All functions compute and return float32 or wider; gradients have the types of their tensors.
 Vectors whose norm is below 1e-19 or above 1e19 in float32 count as zero: their cosines and
-gradients are 0. If `backward` is called inside an autocast region, it computes the matrix products
-of class probabilities in half precision.
+gradients are 0. Call `backward` outside of autocast regions, as PyTorch advises.
 """
 
 import torch

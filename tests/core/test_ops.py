@@ -10,7 +10,7 @@ from torch.func import hessian, jacfwd, jacrev, jvp, vmap
 
 from separate_loss import _ops
 from separate_loss._centers import read_centers, read_push
-from separate_loss._ops import tangent_
+from separate_loss._ops import tangent
 from separate_loss._terms import normalize
 from tests.helpers.properties import Problem, assert_equal, problems, property_test
 
@@ -68,7 +68,7 @@ def test_zero_vectors_have_zero_units_and_derivatives() -> None:
 def test_blocks_and_both_gram_matrices_give_the_same_push(problem: Problem, block: int) -> None:
     units, _ = normalize(problem.centers)
     whole = read_centers(problem.centers, simplex=True)
-    expected = tangent_(read_push(whole, 1.0).of(units), units).numpy()
+    expected = tangent(read_push(whole, 1.0).of(units), units).numpy()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_ops, "BLOCK_SIZE", block)
         for by_class in (False, True):
@@ -76,5 +76,5 @@ def test_blocks_and_both_gram_matrices_give_the_same_push(problem: Problem, bloc
                 found = read_centers(problem.centers, simplex=True, by_class=by_class)
                 assert found.num_centers == whole.num_centers
                 assert_equal(found.center_sum, whole.center_sum.numpy(), torch.float64, len(units))
-                push = tangent_(read_push(found, 1.0).of(units), units)
+                push = tangent(read_push(found, 1.0).of(units), units)
                 assert_equal(push, expected, torch.float64, len(units))

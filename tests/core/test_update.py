@@ -1,12 +1,14 @@
 """`update_centers_`: equal centers for sums over samples, over classes, and over probabilities."""
 
+import pytest
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 
+from separate_loss._batch import Options
 from separate_loss._centers import read_centers, update_centers_
 from separate_loss._ops import read_norms
-from separate_loss._step import class_sums, probability_sums
+from separate_loss._step import class_sums, probability_sums, run_step
 from separate_loss._terms import normalize
 from tests.helpers import reference
 from tests.helpers.properties import Problem, assert_equal, problems, property_test
@@ -58,3 +60,24 @@ def test_samples_class_sums_and_one_hot_probabilities_give_the_same_centers(
     size = torch.maximum(norms, alpha / norms).masked_fill(norms.isinf(), 1).unsqueeze(-1)
     for other in results[1:]:
         assert_equal(other / size, (results[0] / size).numpy(), torch.float64)
+
+
+@pytest.mark.parametrize("form", ["simplex", "paper"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_center_that_is_not_finite_starts_anew_and_spoils_no_other(
+    form: str, value: float
+) -> None:
+    """Many classes, so that rows are updated, and few, so that all centers are."""
+    for num_classes in (4, 40):
+        centers = torch.randn(num_classes, 5, dtype=torch.float64)
+        target, features = torch.tensor([0, 1, 1, 0, 2]), torch.randn(5, 5, dtype=torch.float64)
+        results = []
+        for start in (0.0, value):
+            broken = centers.clone()
+            broken[1] = start
+            moved = broken.clone()
+            step = run_step(features, target, broken, Options(form))  # type: ignore[arg-type]
+            step.update_(moved, None, start_zeros=True)
+            results.append((step.loss, moved))
+        torch.testing.assert_close(results[1], results[0])
+        assert results[1][1][1].norm() > 0.99
