@@ -207,8 +207,8 @@ def _update_rows_(
 ) -> None:  # fmt: skip
     """Eq. 8 with sums for some of the centers, without a tensor of the size of the centers.
 
-    All centers at once would take 9.3 ms in place of 2.0 at 1,000 classes, and these rows 0.52 ms
-    in place of 0.37 at 7.
+    Of 256 samples of 512 features, all centers at once take 1.4 ms in place of 0.65 at 1,000
+    classes, and 27 in place of 7.5 at 10,000; these rows take 0.43 ms in place of 0.25 at 7.
     """
     # Eq. 6, of the centers before they change.
     norms = statistics.norms.index_select(0, index).unsqueeze(-1)
