@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import subprocess
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
@@ -43,6 +44,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     cuda = torch.device(device).type == "cuda"
     return {
         "separate_loss": f"{separate_loss.__version__}, sources {_source_digest()}",
+        "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -62,6 +64,13 @@ def _source_digest() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
 
 
+def _commit() -> str | None:
+    """Of a clone; None elsewhere."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
 def _cpu_model() -> str:
     path = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", path.read_text()) if path.exists() else []
@@ -72,8 +81,10 @@ def provenance(found: Mapping[str, Any]) -> str:
     """An environment as one line of a page."""
     device = found["gpu"] or f"{found['cpu']}, {found['threads']} threads"
     device += f", backend {found['backend']}" if found.get("backend") else ""
+    package = found["separate_loss"].split(", sources")[0]
+    package += f" at commit {found['commit']}" if found.get("commit") else ""
     return (
-        f"separate-loss {found['separate_loss']}; torch {found['torch']}, "
+        f"separate-loss {package}; torch {found['torch']}, "
         f"Python {found['python']}, NumPy {found['numpy']}; {device}; {found['date']}"
         f"{found.get('note', '')}"
     )
@@ -101,7 +112,7 @@ class Results:
         if stored and not self.redraw:
             for kind, key in ((one, key) for one in now for key in now[one]):
                 then, new = stored[kind].get(key), now[kind][key]
-                if key != "date" and then != new:
+                if key not in {"date", "commit"} and then != new:
                     raise SystemExit(
                         f"{self.path} holds results for {key} {then!r}, and this run has {new!r}: "
                         "pass --fresh to drop them, or another --output"
@@ -165,6 +176,13 @@ def paired_interval(first: Sequence[float], second: Sequence[float]) -> Interval
     mean, count = fmean(differences), len(differences)
     half = student.ppf(0.975, count - 1) * stdev(differences) / math.sqrt(count)
     return mean, mean - half, mean + half
+
+
+def is_below(first: Sequence[float], second: Sequence[float]) -> float:
+    """The p-value of "first is below second on average", paired."""
+    mean, low, _ = paired_interval(first, second)
+    error = (mean - low) / student.ppf(0.975, len(first) - 1)
+    return float(student.cdf(mean / error, len(first) - 1)) if error else float(mean >= 0)
 
 
 def format_interval(interval: Interval | None) -> str:

@@ -1,6 +1,5 @@
 """Classifiers that return features and logits: small ones, and those of torchvision and timm."""
 
-import hashlib
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -9,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from benchmarks.data import FeatureKind, normalised
+from benchmarks.data import FeatureKind
+from benchmarks.data.intents import WORDS
 from benchmarks.data.text import HASHED
 
 
@@ -32,7 +31,7 @@ class Classifier(nn.Module):
         return features, self.classifier(features)
 
 
-def digit_classifier(kind: FeatureKind, num_classes: int = 10, scale: float = 1.0) -> Classifier:
+def digit_classifier(kind: FeatureKind, num_classes: int = 10, *, scale: float = 1.0) -> Classifier:
     """Two convolutions on digits of 8 x 8."""
     body = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     if kind == "signed":
@@ -50,20 +49,32 @@ def text_classifier(kind: FeatureKind, num_classes: int) -> Classifier:
     return Classifier(body, 64, num_classes, neck=kind == "neck")
 
 
-def face_classifier(kind: FeatureKind, num_classes: int) -> Classifier:
-    """Three convolutions on faces at half their size, small for a CPU."""
-    layers: list[nn.Module] = [nn.AvgPool2d(2)]
-    for inputs, outputs in pairwise((1, 16, 32, 64)):
+def intent_classifier(kind: FeatureKind, num_classes: int) -> Classifier:
+    """A hidden layer on the mean embedding of words and pairs of words."""
+    end = nn.Identity() if kind == "signed" else nn.ReLU()
+    words = nn.EmbeddingBag(WORDS, 128, mode="mean", padding_idx=0)
+    body = nn.Sequential(words, nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 128), end)
+    return Classifier(body, 128, num_classes, neck=kind == "neck")
+
+
+def picture_classifier(num_classes: int) -> Classifier:
+    """Four convolutions on pictures of 32 x 32, small for a CPU, with ReLU and pooling."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise((3, 16, 32, 64)):
         convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
         layers += [convolution, nn.BatchNorm2d(outputs), nn.MaxPool2d(2), nn.ReLU()]
-    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    if kind == "signed":
-        layers += [*pool, nn.Linear(64, 128)]
-    else:
-        layers += [nn.Conv2d(64, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(), *pool]
-    model = Classifier(nn.Sequential(*layers), 128, num_classes, neck=kind == "neck")
+    layers += [nn.Conv2d(64, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU()]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = Classifier(nn.Sequential(*layers), 128, num_classes, neck=False)
     nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
     return model
+
+
+def vector_classifier(kind: FeatureKind, num_classes: int) -> Classifier:
+    """A hidden layer on vectors of 64, without normalisation."""
+    end = nn.Identity() if kind == "signed" else nn.ReLU()
+    body = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32), end)
+    return Classifier(body, 32, num_classes, neck=False)
 
 
 def backbone_classifier(
@@ -121,33 +132,6 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     missing = [name for name in missing if not name.startswith(("fc.", "classifier.", "head."))]
     if missing:
         raise ValueError(f"--weights {path} lacks {len(missing)} of the model, as {missing[0]}")
-
-
-class _GreyTo96(nn.Module):
-    """Faces (N, 1, 48, 48) of (grey - 128) / 64, as a pretrained network takes them."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        grey = F.interpolate((images * 64 + 128) / 255, 96, mode="bilinear", align_corners=False)
-        return normalised(grey)
-
-
-def check_mobilenet(path: Path) -> None:
-    """Raises ValueError unless a file is torchvision's, which its SHA-256 shows."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not digest.startswith("b0353104"):
-        expected = (
-            "--weights must be torchvision's mobilenet_v2, whose SHA-256 starts with b0353104"
-        )
-        raise ValueError(f"{expected}, got {path}, whose SHA-256 starts with {digest[:8]}")
-
-
-def pretrained_face_classifier(
-    kind: FeatureKind, num_classes: int, weights: Path | None
-) -> Classifier:
-    """MobileNetV2 on faces; without weights it starts at random."""
-    model = backbone_classifier("mobilenet_v2", weights or "none", num_classes, neck=kind == "neck")
-    model.body = nn.Sequential(_GreyTo96(), model.body)
-    return model
 
 
 @cache

@@ -9,22 +9,20 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from pytorch_metric_learning.losses import CosFaceLoss
+from pytorch_metric_learning.losses import CosFaceLoss, ProxyAnchorLoss, SupConLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
-from benchmarks.losses import BatchHardTripletLoss, CenterLoss, IslandLoss
+from benchmarks.losses import BatchHardTripletLoss, CenterLoss
 from separate_loss import SeparateLoss, metrics
 
 PAPER_WEIGHT = 0.9
-# Of the simplex form: what the tuning parts of all data chose.
-WEIGHT = 1.0
+WEIGHT = 1.0  # the default of the simplex form
 # Candidates of a tuned weight, or of a margin.
 WEIGHTS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-PAPER_WEIGHTS = (0.1, 0.3, PAPER_WEIGHT, 3.0, 10.0, 30.0, 100.0)
 MARGINS = (0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65)
-STARTS = (0.3, 1.0, 3.0)
+STARTS, SMALLER = (0.3, 1.0, 3.0), (0.03, 0.1, 0.3)
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]  # of features, logits, labels
 # From the training samples of each class (C,), the feature size and the weight.
@@ -35,26 +33,39 @@ class Method(NamedTuple):
     """A loss that is trained.
 
     `start` are the weights that tuning begins with, `candidates` those that may follow.
-    Parameters of the criterion are moved by plain SGD at `center_rate`.
     """
 
     title: str
     build: Build
     start: tuple[float, ...] = ()
     candidates: tuple[float, ...] = WEIGHTS
-    center_rate: float = 0.5
+    # Moves centers or proxies that are parameters.
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = partial(SGD, lr=0.5)
     is_head: bool = False  # replaces the linear layer and softmax loss
+    balanced: bool = False  # class weights in softmax loss, so that all classes count the same
 
-    def objective(self, criterion: nn.Module, weight: float) -> Objective:
+    def objective(
+        self, criterion: nn.Module, weight: float, counts: Tensor | None = None
+    ) -> Objective:
         """The loss of a batch: the head's, or softmax loss and the weighted criterion."""
+        weights = class_weights(counts) if self.balanced and counts is not None else None
 
         def loss(features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-            if isinstance(criterion, nn.Identity):  # softmax loss alone
-                return F.cross_entropy(logits, labels)
+            if self.is_head:
+                head: Tensor = criterion(features, labels)
+                return head
+            softmax = F.cross_entropy(logits, labels, weights)
+            if isinstance(criterion, nn.Identity):
+                return softmax
             value: Tensor = criterion(features, labels)
-            return value if self.is_head else F.cross_entropy(logits, labels) + weight * value
+            return softmax + weight * value
 
         return loss
+
+
+def class_weights(counts: Tensor) -> Tensor:
+    """Weights (C,) by which all classes count the same."""
+    return counts.sum() / (len(counts) * counts.clamp(min=1))
 
 
 class CosineHead(nn.Module):
@@ -68,22 +79,12 @@ class CosineHead(nn.Module):
         return self.criterion.get_logits(features)
 
 
-class NormPenalty(nn.Module):
-    """Half the mean squared norm of the features: what center loss does to their size."""
-
-    def forward(self, features: Tensor, _: Tensor) -> Tensor:
-        return features.square().sum(-1).mean() / 2
-
-
 def _separate(counts: Tensor, dim: int, _: float, **options: Any) -> nn.Module:
-    if options.pop("balanced", False):  # all classes count the same in L_intra
-        options["weight"] = counts.sum() / (len(counts) * counts.clamp(min=1))
     return SeparateLoss(len(counts), dim, **options)
 
 
-_PAPER, _SIMPLEX = partial(_separate, form="paper"), partial(_separate, form="simplex")
-_BALANCED = partial(_SIMPLEX, balanced=True)
-_GRADIENT = partial(_SIMPLEX, center_update="gradient")
+def _balanced(counts: Tensor, dim: int, _: float) -> nn.Module:
+    return SeparateLoss(len(counts), dim, weight=class_weights(counts))
 
 
 def _of_classes(build: Callable[[int, int], nn.Module]) -> Build:
@@ -94,17 +95,22 @@ def _cosface(counts: Tensor, dim: int, margin: float) -> Any:
     return CosFaceLoss(len(counts), dim, margin=margin, scale=16)
 
 
+_PROXIES = partial(Adam, lr=0.01)
 METHODS = {
     "softmax": Method("softmax loss", lambda *_: nn.Identity()),
-    "center": Method("+ center loss", _of_classes(CenterLoss), (0.03, 0.1, 0.3)),
-    "island": Method("+ island loss", _of_classes(IslandLoss), (0.003, 0.01, 0.03)),
-    "triplet": Method("+ batch-hard triplet", lambda *_: BatchHardTripletLoss(), (0.03, 0.1, 0.3)),
+    "center": Method("+ center loss", _of_classes(CenterLoss), SMALLER),
+    "proxy_anchor": Method(
+        "+ ProxyAnchor", _of_classes(ProxyAnchorLoss), SMALLER, optimizer=_PROXIES
+    ),
+    "supcon": Method("+ SupCon", lambda *_: SupConLoss(), SMALLER),
+    "triplet": Method("+ batch-hard triplet", lambda *_: BatchHardTripletLoss(), SMALLER),
     "cosface": Method("CosFace", _cosface, (0.1, 0.2, 0.35), MARGINS, is_head=True),
-    "paper": Method("+ separate, paper's form", _PAPER, PAPER_WEIGHTS[2:5], PAPER_WEIGHTS),
-    "simplex": Method("+ separate, simplex form", _SIMPLEX, STARTS),
-    "balanced": Method("the same, class weights", _BALANCED, STARTS),
-    "norm": Method("+ half the squared norm", lambda *_: NormPenalty(), (0.01, 0.03, 0.1)),
-    "gradient": Method("the same, centers by SGD at 3", _GRADIENT, STARTS, center_rate=3.0),
+    "paper": Method("+ separate, paper's form", partial(_separate, form="paper")),
+    "simplex": Method("+ separate, simplex form", partial(_separate, form="simplex"), STARTS),
+    "softmax_balanced": Method(
+        "softmax loss, class weights", lambda *_: nn.Identity(), balanced=True
+    ),
+    "simplex_balanced": Method("+ separate, simplex form, class weights", _balanced, balanced=True),
 }
 
 
@@ -129,8 +135,8 @@ def train_steps(
 
 
 def learned_centers(criterion: nn.Module) -> Tensor | None:
-    """The centers (C, d) of a loss that has some."""
-    centers = getattr(criterion, "centers", None)
+    """The centers or proxies (C, d) of a loss that has some."""
+    centers = getattr(criterion, "centers", getattr(criterion, "proxies", None))
     return centers.detach() if isinstance(centers, Tensor) else None
 
 

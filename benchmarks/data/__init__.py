@@ -1,5 +1,6 @@
 """Data sets of the study and of the paper's experiment; here scikit-learn's handwritten digits."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,9 +20,14 @@ class Split(NamedTuple):
 
 def load_digits(seed: int) -> tuple[Split, Split]:
     """Half of the 1,797 digits to train on and half to test on, stratified by class."""
+    return stratified(all_digits(), 0.5, seed)
+
+
+def all_digits() -> Split:
+    """All 1,797 digits, (1, 8, 8) each."""
     digits: Any = load_all_digits()
     images = torch.tensor(digits.images / 16, dtype=torch.float32).unsqueeze(1)
-    return stratified(Split(images, torch.tensor(digits.target)), 0.5, seed)
+    return Split(images, torch.tensor(digits.target))
 
 
 def stratified(data: Split, held_out: float | int, seed: int) -> tuple[Split, Split]:
@@ -30,6 +36,13 @@ def stratified(data: Split, held_out: float | int, seed: int) -> tuple[Split, Sp
         torch.arange(len(data.labels)), test_size=held_out, random_state=seed, stratify=data.labels
     )
     return Split(*(part[kept] for part in data)), Split(*(part[others] for part in data))
+
+
+def drawn(data: Split, counts: Sequence[int], seed: int) -> Split:
+    """At random, at most as many samples of each class as `counts` says."""
+    order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))
+    rows = [order[data.labels[order] == label][:most] for label, most in enumerate(counts)]
+    return Split(*(part[torch.cat(rows)] for part in data))
 
 
 def normalised(pictures: Tensor) -> Tensor:

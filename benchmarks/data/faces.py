@@ -1,18 +1,11 @@
 """FER-2013: faces of 48 x 48 pixels with one of seven expressions."""
 
 import csv
-import hashlib
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from sklearn.model_selection import train_test_split
-from torch import Tensor
-
-from benchmarks.data import Split
 
 SIZE = 48
 SUFFIXES = (".npz", ".csv")
@@ -29,11 +22,6 @@ class Faces(NamedTuple):
     labels: NDArray[np.int64]  # (N,)
     split: NDArray[np.str_]  # (N,), "train", "validation" or "test"
     class_names: list[str]  # in the order of the file
-
-    def fingerprint(self) -> str:
-        """Tells one set of faces from another."""
-        digest = hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
-        return f"{len(self.labels)} faces, {digest[:12]}"
 
 
 def load(path: Path) -> Faces:
@@ -70,31 +58,3 @@ def _load_csv(path: Path) -> Faces:
     labels = np.array([int(row["emotion"]) for row in found], np.int64)
     split = np.array([CSV_SPLITS[row["Usage"]] for row in found], np.str_)
     return Faces(images.reshape(-1, SIZE, SIZE), labels, split, list(CSV_CLASSES))
-
-
-def split_faces(faces: Faces, most: int) -> tuple[Split, Split, Split]:
-    """Parts to train on (at most `most`), to tune on and to report; always the same."""
-    divide = partial(train_test_split, random_state=0)
-    train, validation, test = (
-        np.flatnonzero(faces.split == name) for name in ("train", "validation", "test")
-    )
-    if not len(train) or not len(test) + len(validation):
-        raise ValueError("the faces need a train split, and one called validation or test")
-    if len(test) and len(validation):
-        tuning = validation
-    else:  # tunes on a held-out fifth
-        test = test if len(test) else validation
-        train, tuning = divide(train, test_size=0.2, stratify=faces.labels[train])
-    if len(train) > most:
-        unused = 1 - most / len(train)
-        train, _ = divide(train, test_size=unused, stratify=faces.labels[train])
-    images, labels = torch.from_numpy(faces.images).unsqueeze(1), torch.from_numpy(faces.labels)
-    rows = (torch.from_numpy(part) for part in (train, tuning, test))
-    training, tuned, reported = (Split((images[i].float() - 128) / 64, labels[i]) for i in rows)
-    return training, tuned, reported
-
-
-def mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A random half of the images, left to right."""
-    chosen = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
-    return torch.where(chosen.to(images.device), images.flip(-1), images)

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.data import faces
+from benchmarks.data import cifar10, intents
 from benchmarks.harness import Results, make_parser, write
-from benchmarks.networks import check_mobilenet
 from benchmarks.quality import tables
 from benchmarks.quality.data import DATA, Files
 from benchmarks.quality.study import Setting, Study, run
@@ -23,28 +22,27 @@ def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and runs the study."""
     parser = make_parser("quality", "Does the separate loss help?")
     parser.add_argument("--data", nargs="+", choices=DATA, help="default: all with files")
-    parser.add_argument("--faces", type=Path, help="FER-2013: csv or npz")
-    parser.add_argument("--weights", type=Path, help="torchvision's of mobilenet_v2, on ImageNet")
+    for name in Files._fields:
+        parser.add_argument(f"--{name}", type=Path, help=f"to train on {name}, see the guide")
     parser.add_argument("--quick", action="store_true", help="little of everything, in minutes")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args(arguments)
-    files = Files(options.faces, options.weights)
+    files = Files(*(getattr(options, name) for name in Files._fields))
     names = _data_sets(parser, options, files)
-    fingerprint = None
+    prints = {}
     try:
-        if files.faces is not None:
-            fingerprint = faces.load(files.faces).fingerprint()
-        if files.weights is not None:
-            check_mobilenet(files.weights)
+        for name, path in files._asdict().items():
+            if path is not None:
+                prints[name] = (cifar10 if name == "cifar10" else intents).fingerprint(path)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(f"--{name} {error}")
 
     torch.set_num_threads(1)
     studies, environments = [], {}
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
         for name in names:
-            settings = {"quick": options.quick, "faces": fingerprint if DATA[name].needs else None}
+            settings = {"quick": options.quick, "data": prints.get(DATA[name].needs or "")}
             results = Results(options, name, settings, options.device)
             quick: bool = results.settings["quick"]
             most = QUICK_SAMPLES if quick else None
@@ -65,13 +63,14 @@ def _data_sets(
     """Those that were asked for, or all whose files or results are there."""
     names = []
     for name in options.data or DATA:
-        missing = [need for need in DATA[name].needs if getattr(files, need) is None]
-        if not missing or (options.redraw and (options.output / f"{name}.json").exists()):
+        need = DATA[name].needs
+        stored = options.redraw and (options.output / f"{name}.json").exists()
+        if stored or need is None or getattr(files, need) is not None:
             names.append(name)
         elif options.data:
-            parser.error(f"--data {name} needs --{missing[0]}")
+            parser.error(f"--data {name} needs --{need}")
         else:
-            print(f"Without --{missing[0]}, {DATA[name].title} is left out.")
+            print(f"Without --{need}, {DATA[name].title} is left out.")
     return names
 
 
@@ -84,11 +83,8 @@ def _measure(
     """Trains what is missing, and stores each result as soon as it is there."""
     missing = {one.key(): one for one in settings if one.key() not in results.measured}
     if results.redraw:
-        needed = [key for key, one in missing.items() if one.changes()]
-        if needed:
-            raise SystemExit(f"{results.path} has no results for {needed[0]}")
         if missing:
-            print(f"{results.path} lacks {len(missing)} runs: their rows have fewer seeds")
+            raise SystemExit(f"{results.path} has no results for {next(iter(missing))}")
         return
     start = time.perf_counter()
     futures = {pool.submit(train, setting): key for key, setting in missing.items()}

@@ -1,6 +1,6 @@
-"""The data sets of the study: which samples, which network, and how long it is trained."""
+"""The data sets of the study: samples, networks, and the rows of their tables."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -8,30 +8,72 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from benchmarks import networks
-from benchmarks.data import KINDS, FeatureKind, Split, faces, load_digits, stratified, text
+from benchmarks.data import (
+    FeatureKind,
+    Split,
+    all_digits,
+    cifar10,
+    drawn,
+    intents,
+    stratified,
+    text,
+)
 from benchmarks.networks import Classifier
+from benchmarks.training import METHODS, PAPER_WEIGHT
 
 
 class Files(NamedTuple):
     """What the user has to bring."""
 
-    faces: Path | None = None
-    weights: Path | None = None
+    banking77: Path | None = None
+    clinc150: Path | None = None
+    cifar10: Path | None = None
 
 
-def adamw(model: nn.Module, rate: float, steps: int) -> tuple[Optimizer, LRScheduler]:
+class Row(NamedTuple):
+    """A row of a table: a method with its tuned weight, or with a fixed one."""
+
+    method: str
+    weight: float | None = None
+    scale: float = 1.0  # of the features
+
+    @property
+    def title(self) -> str:
+        """As the tables say it."""
+        scaled = "" if self.scale == 1 else f", features times {self.scale:g}"
+        return METHODS[self.method].title + scaled
+
+    @property
+    def tuned(self) -> bool:
+        """Whether tuning chooses the weight."""
+        return self.weight is None and bool(METHODS[self.method].start)
+
+
+SOFTMAX, PAPER, TUNED = Row("softmax"), Row("paper", PAPER_WEIGHT), Row("simplex")
+ONE, THREE = Row("simplex", 1.0), Row("simplex", 3.0)
+PEERS = tuple(Row(name) for name in ("center", "proxy_anchor", "supcon", "triplet", "cosface"))
+FIXED = (SOFTMAX, ONE, THREE)
+ALL = (SOFTMAX, *PEERS, PAPER, ONE, THREE, TUNED)
+BALANCED = (Row("softmax_balanced"), Row("simplex_balanced", 1.0))
+LONG = tuple(row._replace(scale=100.0) for row in FIXED)
+
+Schedule = tuple[Optimizer, LRScheduler]
+Rows = Mapping[FeatureKind, tuple[Row, ...]]
+
+
+def adamw(model: nn.Module, rate: float, steps: int) -> Schedule:
     """AdamW in one cycle."""
-    optimizer = AdamW(model.parameters(), weight_decay=0.01)
+    optimizer = AdamW(model.parameters(), weight_decay=0.01, fused=True)
     return optimizer, OneCycleLR(optimizer, rate, total_steps=steps)
 
 
-def sgd(model: nn.Module, rate: float, steps: int) -> tuple[Optimizer, LRScheduler]:
-    """SGD along a cosine."""
-    optimizer = SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4)
-    return optimizer, CosineAnnealingLR(optimizer, steps)
+def sgd(model: nn.Module, rate: float, _: int) -> Schedule:
+    """SGD at a constant rate."""
+    optimizer = SGD(model.parameters(), rate, momentum=0.9)
+    return optimizer, LambdaLR(optimizer, lambda _: 1.0)
 
 
 class DataSet(NamedTuple):
@@ -39,89 +81,147 @@ class DataSet(NamedTuple):
 
     title: str
     load: Callable[[Files, int, bool], tuple[Split, Split]]
-    network: Callable[[Files, FeatureKind, int, float], Classifier]
+    network: Callable[[FeatureKind, int], Classifier]
+    rows: Rows
     epochs: int
     batch_size: int
-    seeds: int
-    tuning_seeds: int
-    rates: tuple[float, ...]  # of the network, among which softmax loss alone chooses
-    kinds: tuple[FeatureKind, ...] = KINDS
-    optimizer: Callable[[nn.Module, float, int], tuple[Optimizer, LRScheduler]] = adamw
+    start: tuple[float, ...]  # rates of the network, among which softmax loss alone chooses
+    seeds: int = 10
+    tuning_seeds: int = 3
+    optimizer: Callable[[nn.Module, float, int], Schedule] = adamw
     augment: Callable[[Tensor, torch.Generator], Tensor] = lambda images, _: images
-    left_out: tuple[str, ...] = ()  # methods
-    needs: tuple[str, ...] = ()  # of Files
+    needs: str | None = None  # of Files
 
 
-FEW, MOST_FACES = 10, 5000
-_digits, _texts = cache(load_digits), cache(text.load)
-_faces = cache(lambda path: faces.split_faces(faces.load(path), MOST_FACES))
+RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 
 
-def _load_digits(_: Files, seed: int, tuning: bool) -> tuple[Split, Split]:
-    training, test = _digits(seed)
-    return stratified(training, 0.25, seed) if tuning else (training, test)
+def _every_other(count: int, common: int, rare: int) -> list[int]:
+    return [rare if label % 2 else common for label in range(count)]
 
 
-def _load_few(_: Files, seed: int, tuning: bool) -> tuple[Split, Split]:
-    """Draws other labels of one half for each seed; tunes on its rest, reports the other half."""
-    half, test = _digits(0)
-    rest, few = stratified(half, FEW * 10, seed)
-    return few, rest if tuning else test
+_texts = cache(text.load)
 
 
-def _load_text(_: Files, __: int, tuning: bool) -> tuple[Split, Split]:
-    return _texts()["training"], _texts()["tuning" if tuning else "test"]
+@cache
+def _digits() -> tuple[Split, Split, Split]:
+    """Parts to draw from (104 to 107 a class), to tune on and to report; always the same."""
+    rest, test = stratified(all_digits(), 0.28, 0)
+    return (*stratified(rest, 236, 0), test)
 
 
-def _load_faces(files: Files, _: int, tuning: bool) -> tuple[Split, Split]:
-    training, tuned, test = _faces(files.faces)
-    return training, tuned if tuning else test
+def _load_digits(counts: list[int]) -> Callable[[Files, int, bool], tuple[Split, Split]]:
+    def load(_: Files, seed: int, tuning: bool) -> tuple[Split, Split]:
+        training, tuned, test = _digits()
+        return drawn(training, counts, seed), tuned if tuning else test
+
+    return load
+
+
+def _load_code(_: Files, __: int, tuning: bool) -> tuple[Split, Split]:
+    parts = _texts()
+    return parts["training"], parts["tuning" if tuning else "test"]
+
+
+def _load_intents(
+    name: str, counts: list[int]
+) -> Callable[[Files, int, bool], tuple[Split, Split]]:
+    def load(files: Files, seed: int, tuning: bool) -> tuple[Split, Split]:
+        parts = intents.load(getattr(files, name))
+        return drawn(parts["train"], counts, seed), parts["valid" if tuning else "test"]
+
+    return load
+
+
+def _load_pictures(files: Files, seed: int, tuning: bool) -> tuple[Split, Split]:
+    assert files.cifar10 is not None
+    parts = cifar10.load(files.cifar10)
+    pictures = cifar10.floats(drawn(parts["train"], [700] * 10, seed))
+    training, tuned = stratified(pictures, 2000, seed)
+    return training, tuned if tuning else cifar10.floats(parts["test"])
+
+
+def _load_vectors(_: Files, seed: int, __: bool) -> tuple[Split, Split]:
+    """Vectors around 100 random prototypes: 600 batches of 64, none of them twice."""
+    generator = torch.Generator().manual_seed(seed)
+    prototypes = torch.randn(100, 64, generator=generator)
+    labels = torch.randint(100, (38_400 + 5_000,), generator=generator)
+    noise = 1.2 * torch.randn(len(labels), 64, generator=generator)
+    vectors = prototypes[labels] + noise
+    return Split(vectors[:38_400], labels[:38_400]), Split(vectors[38_400:], labels[38_400:])
 
 
 _DIGITS = DataSet(
-    "digits, half of 1,797",
-    _load_digits,
-    lambda _, kind, classes, scale: networks.digit_classifier(kind, classes, scale),
-    epochs=30,
+    "digits, 10 labels a class",
+    _load_digits([10] * 10),
+    networks.digit_classifier,
+    {"signed": (*ALL, *LONG), "non-negative": (*ALL, *LONG), "neck": FIXED},
+    epochs=60,
     batch_size=32,
-    seeds=10,
-    tuning_seeds=3,
-    rates=(0.001, 0.003, 0.01),
+    start=RATES[1:4],
 )
-_FACES = DataSet(
-    f"FER-2013, {MOST_FACES:,} faces, small network",
-    _load_faces,
-    lambda _, kind, classes, __: networks.face_classifier(kind, classes),
-    epochs=8,
-    batch_size=100,
-    seeds=5,
-    tuning_seeds=1,
-    rates=(0.003, 0.01, 0.03),
-    augment=faces.mirrored,
-    needs=("faces",),
+_BANKING = DataSet(
+    "BANKING77, 10 labels a class",
+    _load_intents("banking77", [10] * 77),
+    networks.intent_classifier,
+    {"signed": ALL, "non-negative": FIXED, "neck": FIXED},
+    epochs=30,
+    batch_size=64,
+    start=RATES[2:5],
+    needs="banking77",
 )
 DATA = {
-    "digits": _DIGITS,
-    "few": _DIGITS._replace(
-        title=f"digits, {FEW} labels a class", load=_load_few, epochs=60, rates=(0.003, 0.01, 0.03)
+    "banking": _BANKING,
+    "clinc": _BANKING._replace(
+        title="CLINC150, 10 labels a class",
+        load=_load_intents("clinc150", [10] * 150),
+        rows={"signed": ALL},
+        needs="clinc150",
     ),
-    "text": _DIGITS._replace(
-        title="source code as text, 14 packages",
-        load=_load_text,
-        network=lambda _, kind, classes, __: networks.text_classifier(kind, classes),
+    "digits": _DIGITS,
+    "code": _DIGITS._replace(
+        title="source code, 14 packages",
+        load=_load_code,
+        network=networks.text_classifier,
+        rows={"signed": ALL, "neck": FIXED},
         epochs=15,
     ),
-    "faces": _FACES,
-    "pretrained": _FACES._replace(
-        title=f"FER-2013, {MOST_FACES:,} faces, pretrained MobileNetV2",
-        network=lambda files, kind, classes, _: networks.pretrained_face_classifier(
-            kind, classes, files.weights
-        ),
-        epochs=4,
-        rates=(0.01,),
-        kinds=("non-negative", "neck"),
+    "rare-digits": _DIGITS._replace(
+        title="digits, 100 or 5 labels a class",
+        load=_load_digits(_every_other(10, 100, 5)),
+        rows={
+            "signed": (*ALL, *BALANCED),
+            "non-negative": (*FIXED, *BALANCED),
+            "neck": (*FIXED, *BALANCED),
+        },
+        epochs=40,
+    ),
+    "rare-banking": _BANKING._replace(
+        title="BANKING77, 50 or 5 labels a class",
+        load=_load_intents("banking77", _every_other(77, 50, 5)),
+        rows={"signed": (*ALL, *BALANCED)},
+    ),
+    "sgd": DataSet(
+        "random vectors of 100 classes, plain SGD",
+        _load_vectors,
+        networks.vector_classifier,
+        dict.fromkeys(("signed", "non-negative"), (*FIXED, Row("simplex", 10.0))),
+        epochs=1,
+        batch_size=64,
+        start=(0.05,),
         optimizer=sgd,
-        left_out=("island", "triplet", "cosface"),
-        needs=("faces", "weights"),
+    ),
+    "cifar10": DataSet(
+        "CIFAR-10, 500 labels a class",
+        _load_pictures,
+        lambda _, classes: networks.picture_classifier(classes),
+        {"non-negative": (SOFTMAX, *PEERS[:2], ONE)},
+        epochs=20,
+        batch_size=100,
+        start=RATES[3:6],
+        seeds=5,
+        tuning_seeds=1,
+        augment=cifar10.mirrored,
+        needs="cifar10",
     ),
 }

@@ -1,12 +1,13 @@
 """The page of the study."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from benchmarks.data import FeatureKind
 from benchmarks.harness import format_interval, format_spread, provenance, table
-from benchmarks.quality.study import CENTER, PAPER, SOFTMAX, Study, chosen_row
-from benchmarks.training import PAPER_WEIGHT, STARTS
+from benchmarks.quality.data import ALL, BALANCED, LONG, ONE, PAPER, PEERS, SOFTMAX, THREE, Row
+from benchmarks.quality.study import Study, default_weight
 
 # Title and digits of each figure beside the accuracy.
 COLUMNS = {
@@ -28,13 +29,22 @@ Written by `python -m benchmarks quality`. Mean ± standard deviation over seeds
 "tuned" were chosen on the tuning part by accuracy. Recall: mean over the classes, %. ECE: expected
 calibration error, 15 bins, %. Train: accuracy on what was trained on. Mean cosines on the reported
 part: intra of features to their class means, inter between class means, closest of the two that are
-closest; agreement of learned centers with class means, and the lowest of any class. Nearest:
-accuracy of the nearest learned center by cosine. Norm: of the features."""
+closest; agreement of learned centers or proxies with class means, and the lowest of any class.
+Nearest: accuracy of the nearest of these by cosine. Norm: of the features."""
+Line = tuple[Study, FeatureKind]
 
 
 def page(studies: Sequence[Study], environments: Mapping[str, Mapping[str, Any]]) -> str:
     """The summary, and all tables of each data set."""
-    parts = [INTRODUCTION, "## In short", *_summary(studies)]
+    parts = [INTRODUCTION]
+    lines = [(study, kind) for study in studies for kind in study.data.rows]
+    for title, draw in (
+        ("In short", _summary), ("A neck", _neck), ("Where it harms", _harm),
+    ):  # fmt: skip
+        if text := draw(lines):
+            parts += [f"## {title}", text]
+    if any(_has(line, *ALL) for line in lines) and studies:
+        parts += ["## The default weight", default_weight(studies)[1]]
     for study in studies:
         data = study.data
         parts.append(f"## {data.title[0].upper()}{data.title[1:]}")
@@ -42,83 +52,114 @@ def page(studies: Sequence[Study], environments: Mapping[str, Mapping[str, Any]]
             f"{study.epochs} epochs, batches of {data.batch_size}, {study.seeds} seeds, "
             f"{study.tuning_seeds} to tune on. {provenance(environments[study.name])}"
         )
-        for kind in study.kinds:
+        for kind in data.rows:
             parts += [f"### {study.name}, {kind}", _rows(study, kind), _tuning(study, kind)]
-        if study.sweep:
-            parts += ["### Size of the features and of the batches", _sweep(study)]
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(studies: Sequence[Study]) -> tuple[str, str]:
-    """What each loss adds to softmax loss, in points of accuracy, and the weight."""
-    simplex = chosen_row(studies)
-    columns = {
-        "center loss": CENTER,
-        f"separate, paper's form at {PAPER_WEIGHT}": PAPER,
-        f"separate, simplex form at {simplex.weight:g}": simplex,
-    }
-    lines = [
-        [
-            study.data.title,
-            kind,
-            format_spread(study.accuracies(kind, SOFTMAX), 1),
-            *(format_interval(study.difference(kind, row, SOFTMAX)) for row in columns.values()),
-        ]
-        for study in studies
-        for kind in study.kinds
+def _has(line: Line, *rows: Row) -> bool:
+    return {*rows} <= {*line[0].data.rows[line[1]]}
+
+
+def best_peer(line: Line) -> Row:
+    """The one with the best mean accuracy on the reported part, which favours it."""
+    study, kind = line
+    peers = [row for row in PEERS if _has(line, row)]
+    return max(peers, key=lambda row: fmean(study.values(kind, row)))
+
+
+def _summary(lines: Sequence[Line]) -> str:
+    """What the best peer and each form add to softmax loss, in points of accuracy."""
+    rows = []
+    for line in lines:
+        if not _has(line, SOFTMAX, PEERS[0], ONE):
+            continue
+        peer = best_peer(line)
+        cells = [f"{_interval(line, peer)} ({peer.title.removeprefix('+ ')})"]
+        cells += [_interval(line, row) if _has(line, row) else "-" for row in (PAPER, ONE, THREE)]
+        rows.append([*_start(line), *cells])
+    titles = ["+ best peer", "+ paper's form, 0.9", "+ simplex form, 1", "+ simplex form, 3"]
+    return table(["data", "features", "softmax loss", *titles], rows) if rows else ""
+
+
+def _start(line: Line) -> list[object]:
+    study, kind = line
+    return [study.data.title, kind, format_spread(study.values(kind, SOFTMAX), 1)]
+
+
+def _interval(line: Line, row: Row, other: Row = SOFTMAX, figure: str = "accuracy") -> str:
+    study, kind = line
+    return format_interval(study.difference(kind, row, other, figure))
+
+
+def _neck(lines: Sequence[Line]) -> str:
+    """Absolute accuracies of each kind of features."""
+    rows = [
+        [*_start(line), *(format_spread(line[0].values(line[1], row), 1) for row in (ONE, THREE))]
+        for line in lines
+        if "neck" in line[0].data.rows
     ]
-    header = ["data", "features", "softmax loss", *(f"+ {title}" for title in columns)]
-    rule = (
-        f"The weight of the simplex form is the one of {', '.join(f'{one:g}' for one in STARTS)} "
-        f"with the best mean accuracy on the tuning parts: **{simplex.weight:g}**."
+    titles = ["softmax loss", "+ simplex form, 1", "+ simplex form, 3"]
+    return table(["data", "features", *titles], rows) if rows else ""
+
+
+def _harm(lines: Sequence[Line]) -> str:
+    """Mean recall in the settings that are known to be hard, as differences from softmax loss."""
+    rows = []
+
+    def add(line: Line, title: str, softmax: Row, *others: Row) -> None:
+        study, kind = line
+        values = format_spread(study.values(kind, softmax, "recall"), 1)
+        shown = (_interval(line, row, softmax, "recall") for row in others)
+        rows.append([study.data.title + title, kind, values, *shown])
+
+    for line in lines:
+        if _has(line, *BALANCED):
+            add(line, "", SOFTMAX, ONE, THREE)
+            study, kind = line
+            balanced = format_interval(study.difference(kind, BALANCED[1], BALANCED[0], "recall"))
+            softmax = format_spread(study.values(kind, BALANCED[0], "recall"), 1)
+            rows.append([f"{study.data.title}, class weights", kind, softmax, balanced, "-"])
+        if _has(line, *LONG):
+            add(line, ", features times 100", *LONG)
+        if line[0].name == "sgd":
+            add(line, "", SOFTMAX, ONE, THREE)
+    return (
+        table(["data", "features", "mean recall, softmax loss", "at 1", "at 3"], rows)
+        if rows
+        else ""
     )
-    return table(header, lines), rule
 
 
 def _rows(study: Study, kind: FeatureKind) -> str:
     lines = []
-    fixed = {(row.method, row.weight) for row in study.rows}
-    for row in study.rows:
-        found = study.figures(kind, row)
+    fixed = {(row.method, row.weight) for row in study.data.rows[kind]}
+    for row in study.data.rows[kind]:
         best = study.weights.get((kind, row.method))
-        if len(found) < 2 or (row.tuned and (row.method, best) in fixed):
+        if row.tuned and (row.method, best) in fixed:
             continue
         weight = best if row.tuned else row.weight
         shown = "-" if weight is None else f"{weight:g}{', tuned' if weight == best else ''}"
-        seeds = f" ({len(found)} seeds)" if len(found) < study.seeds else ""
-        differences = (
-            "-" if row == other else format_interval(study.difference(kind, row, other))
-            for other in (SOFTMAX, PAPER)
+        difference = (
+            "-" if row == SOFTMAX else format_interval(study.difference(kind, row, SOFTMAX))
         )
-        accuracy = format_spread(study.accuracies(kind, row), 1)
+        accuracy = format_spread(study.values(kind, row), 1)
+        found = study.figures(kind, row)
         others = (
-            format_spread([figures[name] for figures in found.values()], digits, deviation=False)
+            format_spread([figures[name] for figures in found], digits, deviation=False)
             for name, (_, digits) in COLUMNS.items()
         )
-        lines.append([row.title + seeds, shown, accuracy, *differences, *others])
+        lines.append([row.title, shown, accuracy, difference, *others])
     titles = (title for title, _ in COLUMNS.values())
-    header = ["loss", "weight", "accuracy", "- softmax", "- paper's form", *titles]
-    return table(header, lines)
+    return table(["loss", "weight", "accuracy", "- softmax", *titles], lines)
 
 
 def _tuning(study: Study, kind: FeatureKind) -> str:
-    """The accuracies by weight on the tuning part."""
-    methods = []
+    """The accuracies on the tuning part."""
+    listed = []
     for (other, method), scores in study.tried.items():
         if other == kind:
-            listed = ", ".join(f"{weight:g} {score:.1f}" for weight, score in scores.items())
-            methods.append(f"{method} {listed}")
-    return f"Rate {study.rates[kind]:g}. On the tuning part: {'; '.join(methods)}."
-
-
-def _sweep(study: Study) -> str:
-    lines = [
-        [
-            f"{kind}, times {line[0].scale:g}, batches of {line[0].batch_size}",
-            *(format_spread(study.accuracies(kind, row), 1) for row in line),
-        ]
-        for kind, line in study.sweep
-    ]
-    rows = study.sweep[0][1]
-    titles = (row.title + ("" if row.weight is None else f", {row.weight:g}") for row in rows)
-    return table(["features", *titles], lines)
+            values = ", ".join(f"{value:g} {scores[value]:.1f}" for value in sorted(scores))
+            listed.append(f"{method} {values}")
+    tuned = f" On the tuning part: {'; '.join(listed)}." if listed else ""
+    return f"Rate {study.rates[kind]:g}.{tuned}"
