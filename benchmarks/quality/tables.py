@@ -6,7 +6,18 @@ from typing import Any
 
 from benchmarks.data import FeatureKind
 from benchmarks.harness import format_interval, format_spread, provenance, table
-from benchmarks.quality.data import ALL, BALANCED, LONG, ONE, PAPER, PEERS, SOFTMAX, THREE, Row
+from benchmarks.quality.data import (
+    BALANCED,
+    FIXED,
+    LONG,
+    ONE,
+    PAPER,
+    PEERS,
+    SOFTMAX,
+    THREE,
+    TUNED,
+    Row,
+)
 from benchmarks.quality.study import Study, default_weight
 
 # Title and digits of each figure beside the accuracy.
@@ -43,7 +54,7 @@ def page(studies: Sequence[Study], environments: Mapping[str, Mapping[str, Any]]
     ):  # fmt: skip
         if text := draw(lines):
             parts += [f"## {title}", text]
-    if any(_has(line, *ALL) for line in lines) and studies:
+    if any(_has(line, *FIXED, TUNED) for line in lines):
         parts += ["## The default weight", default_weight(studies)[1]]
     for study in studies:
         data = study.data
