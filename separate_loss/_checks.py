@@ -125,11 +125,11 @@ def check_center_init(
         check_directions("center_init", value)
 
 
-def check_shape(name: str, value: Tensor, shape: tuple[int, int]) -> None:
-    """Floating point, of the shape (C, d) that the loss was created with."""
+def check_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str = "") -> None:
+    """Floating point, of a given shape."""
     check_vectors(name, value)
     if value.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+        raise ValueError(f"{name} must have shape {shape}{meaning}, got {tuple(value.shape)}")
 
 
 def check_directions(name: str, value: Tensor) -> None:
@@ -330,12 +330,7 @@ def _dim_hint(features: Tensor, feature_dim: int) -> str:
 
 def check_weight(weight: Tensor, num_classes: int) -> None:
     """Floating point, (C,), and not negative if the values can be read at once."""
-    check_vectors("weight", weight)
-    if weight.shape != (num_classes,):
-        raise ValueError(
-            f"weight must have shape ({num_classes},), one value per class, "
-            f"got {tuple(weight.shape)}"
-        )
+    check_shape("weight", weight, (num_classes,), ", one value per class")
     if has_values(weight) and not bool((weight >= 0).all()):
         raise ValueError(f"weight must not be negative or NaN, got a least value of {weight.min()}")
 

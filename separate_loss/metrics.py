@@ -13,19 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from separate_loss import _checks
 from separate_loss._batch import mask_ignored
-from separate_loss._checks import (
-    check_batch,
-    check_bool,
-    check_centers,
-    check_choice,
-    check_device,
-    check_int,
-    check_matches_centers,
-    check_order,
-    check_vectors,
-)
-from separate_loss._distributed import resolve_group
+from separate_loss._distributed import check_same_settings, resolve_group
 from separate_loss._ops import BLOCK_SIZE
 from separate_loss._terms import normalize
 
@@ -56,17 +46,13 @@ class ClassStatistics:
 
     Examples:
         >>> statistics = ClassStatistics(num_classes=2, feature_dim=2)
-        >>> for features, labels in [
-        ...     (torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 1])),
-        ...     (torch.tensor([[1.0, 2.0]]), torch.tensor([0])),
-        ... ]:
-        ...     _ = statistics.update(features, labels)
+        >>> _ = statistics.update(torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 1]))
+        >>> _ = statistics.update(torch.tensor([[1.0, 2.0]]), torch.tensor([0]))
         >>> statistics.class_centers()
         tensor([[1., 1.],
                 [0., 3.]], dtype=torch.float64)
         >>> statistics.intra_class_similarity(reduction="none")
         tensor([0.8279, 1.0000], dtype=torch.float64)
-
     """
 
     def __init__(
@@ -77,12 +63,11 @@ class ClassStatistics:
         ignore_index: int = -100,
         device: torch.device | str | int | None = None,
     ) -> None:
-        check_int("num_classes", num_classes, least=2)
-        check_int("feature_dim", feature_dim, least=1)
-        check_int("ignore_index", ignore_index)
-        sums = torch.zeros(num_classes, feature_dim, device=device)
+        _checks.check_int("num_classes", num_classes, least=2)
+        _checks.check_int("feature_dim", feature_dim, least=1)
+        _checks.check_int("ignore_index", ignore_index)
         self.ignore_index = ignore_index
-        self.sums = _wide(sums)
+        self.sums = _wide(torch.zeros(num_classes, feature_dim, device=device))
         self.unit_sums = torch.zeros_like(self.sums)
         self.counts = torch.zeros_like(self.sums[:, 0])
 
@@ -90,20 +75,18 @@ class ClassStatistics:
     def update(self, features: Tensor, target: Tensor) -> Self:
         """Adds a batch of features `(*, d)` with class indices `(*)`, and returns itself."""
         num_classes, feature_dim = self.sums.shape
-        check_batch(features, target, num_classes)
+        _checks.check_batch(features, target, num_classes)
         if target.is_floating_point():
             raise TypeError(f"target must hold class indices, got {target.dtype}")
-        check_device("features", features, "ClassStatistics", self.sums)
-        check_matches_centers(features, self.sums)
+        _checks.check_device("features", features, "ClassStatistics", self.sums)
+        _checks.check_matches_centers(features, self.sums)
         index, mask = mask_ignored(target.reshape(-1), num_classes, self.ignore_index)
+        valid = torch.ones_like(index) if mask is None else mask
+        self.counts.index_add_(0, index, valid.to(self.counts))
         for rows, part in _parts(features, feature_dim):
-            vectors, valid = part, torch.ones_like(part[:, 0])
-            if mask is not None:
-                valid = valid.where(mask[rows], 0)
-                vectors = part.where(mask[rows].unsqueeze(-1), 0)
+            vectors = part if mask is None else part.where(mask[rows].unsqueeze(-1), 0)
             self.sums.index_add_(0, index[rows], vectors)
             self.unit_sums.index_add_(0, index[rows], normalize(vectors)[0])
-            self.counts.index_add_(0, index[rows], valid)
         return self
 
     @torch.no_grad()
@@ -113,12 +96,11 @@ class ClassStatistics:
         Every process of the group must make the call; None takes all processes. Where
         torch.distributed is not initialised, the result is a copy.
         """
-        total = copy.copy(self)
-        total.sums, total.unit_sums = self.sums.clone(), self.unit_sums.clone()
-        total.counts = self.counts.clone()
+        total = copy.deepcopy(self)
         group = resolve_group(process_group, sync_centers=True)
         if group is not None:
-            _check_same_sizes(self.sums, group)
+            sizes: dict[str, object] = {"num_classes and feature_dim": tuple(self.sums.shape)}
+            check_same_settings(sizes, self.sums.device, group)
             for part in (total.sums, total.unit_sums, total.counts):
                 dist.all_reduce(part, group=group)
         return total
@@ -133,26 +115,11 @@ class ClassStatistics:
         self, centers: Tensor | None = None, *, reduction: Reduction = "mean"
     ) -> Tensor:
         """Returns what the function `intra_class_similarity` returns; None uses the class means."""
-        check_choice("reduction", reduction, REDUCTIONS)
-        if centers is None:
-            centers = self.class_centers()
-        _check_fit("centers", centers, self.sums)
+        centers = self.class_centers() if centers is None else centers
+        _checks.check_shape("centers", centers, tuple(self.sums.shape))
         # The mean cosine of a class is the mean of its unit vectors along its center.
         means = self.unit_sums / self.counts.unsqueeze(-1)
         return _reduce((means * normalize(_wide(centers))[0]).sum(-1), reduction)
-
-
-def _check_same_sizes(sums: Tensor, group: "ProcessGroup") -> None:
-    """Raises in all processes where sizes differ: backends would abort or read garbage."""
-    sizes = torch.tensor(sums.shape, device=sums.device)
-    least, most = sizes.clone(), sizes.clone()
-    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
-    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-    if not torch.equal(least, most):
-        raise ValueError(
-            "num_classes and feature_dim must be equal in all processes, got from "
-            f"{least.tolist()} to {most.tolist()}"
-        )
 
 
 def class_centers(
@@ -176,7 +143,6 @@ def class_centers(
         >>> class_centers(torch.tensor([[1.0, 0.0], [1.0, 2.0]]), torch.tensor([1, 1]), 2)
         tensor([[nan, nan],
                 [1., 1.]], dtype=torch.float64)
-
     """
     return _statistics(features, target, num_classes, ignore_index).class_centers()
 
@@ -192,10 +158,8 @@ def intra_class_similarity(
     """Mean cosine of a class's features to its center.
 
     Args:
-        features: floating point, `(*, d)`.
-        target: class indices, `(*)`, in [0, C) or `ignore_index`.
+        features, target, ignore_index: as in `class_centers`.
         centers: learned centers or those of `class_centers`, (C, d).
-        ignore_index: samples with this class index are ignored.
         reduction: ``"mean"`` over the classes, or ``"none"`` for one figure per class.
 
     Returns:
@@ -209,9 +173,8 @@ def intra_class_similarity(
         >>> labels = torch.tensor([0, 0, 1])
         >>> intra_class_similarity(features, labels, torch.eye(2), reduction="none")
         tensor([0.5000, 0.7071], dtype=torch.float64)
-
     """
-    check_centers("centers", centers)
+    _checks.check_centers("centers", centers)
     statistics = _statistics(features, target, centers.shape[0], ignore_index)
     return statistics.intra_class_similarity(centers, reduction=reduction)
 
@@ -233,10 +196,8 @@ def inter_class_similarity(centers: Tensor, *, reduction: Reduction = "mean") ->
     Examples:
         >>> inter_class_similarity(torch.tensor([[2.0, 0.0], [0.0, 1.0], [-3.0, 0.0]]))
         tensor(-0.3333, dtype=torch.float64)
-
     """
-    check_centers("centers", centers)
-    check_choice("reduction", reduction, REDUCTIONS)
+    _checks.check_centers("centers", centers)
     units, _ = normalize(_wide(centers))
     absent = units.isnan().any(-1)
     units = units.masked_fill(absent.unsqueeze(-1), 0)
@@ -265,11 +226,9 @@ def center_agreement(
     Examples:
         >>> center_agreement(torch.eye(2), torch.tensor([[2.0, 0.0], [1.0, 1.0]]), reduction="none")
         tensor([1.0000, 0.7071], dtype=torch.float64)
-
     """
-    check_centers("centers", centers)
-    _check_fit("true_centers", true_centers, centers)
-    check_choice("reduction", reduction, REDUCTIONS)
+    _checks.check_centers("centers", centers)
+    _checks.check_shape("true_centers", true_centers, tuple(centers.shape))
     (units, _), (true_units, _) = normalize(_wide(centers)), normalize(_wide(true_centers))
     return _reduce((units * true_units).sum(-1), reduction)
 
@@ -296,15 +255,14 @@ def nearest_center(
     the head does not use them.
 
     Args:
-        features: floating point, `(*, d)`. Maps `(N, d, *)` need `movedim(1, -1)`; those of width d
-            fit both orders, so that they are refused without it.
+        features: floating point, `(*, d)`. Maps `(N, d, *)` need `movedim(1, -1)`; without it those
+            of width d are refused, as they fit both orders.
         centers: learned or true centers, (C, d). Zero and NaN centers are nearest to no sample.
         return_cosines: whether to return the largest cosines as well.
 
     Returns:
-        Class indices `(*)`, int64, and with `return_cosines` their cosines `(*)`. Of equal cosines,
-        the first class is returned. Samples that are not finite have the class -1 and the cosine
-        NaN, as have all samples if no center can be used.
+        Class indices `(*)`, int64, and with `return_cosines` their cosines `(*)`. The first class
+        of equal cosines; -1 and NaN for samples that are not finite, or if no center can be used.
 
     Raises:
         TypeError, ValueError: types, shapes or devices do not fit.
@@ -313,13 +271,12 @@ def nearest_center(
         >>> centers = torch.tensor([[2.0, 0.0], [0.0, 0.1]])
         >>> nearest_center(torch.tensor([[1.0, 0.5], [1.0, 5.0]]), centers)
         tensor([0, 1])
-
     """
-    check_vectors("features", features)
-    check_centers("centers", centers)
-    check_matches_centers(features, centers)
-    check_bool("return_cosines", return_cosines)
-    check_order(features)
+    _checks.check_vectors("features", features)
+    _checks.check_centers("centers", centers)
+    _checks.check_matches_centers(features, centers)
+    _checks.check_bool("return_cosines", return_cosines)
+    _checks.check_order(features)
     units, norms = normalize(_wide(centers))
     missing = ~norms.isfinite()
     index = torch.empty(features.shape[:-1].numel(), dtype=torch.long, device=features.device)
@@ -338,8 +295,7 @@ def nearest_center(
 def _statistics(
     features: Tensor, target: Tensor, num_classes: int, ignore_index: int
 ) -> ClassStatistics:
-    check_int("num_classes", num_classes, least=2)
-    check_batch(features, target, num_classes)
+    _checks.check_vectors("features", features)
     return ClassStatistics(
         num_classes, features.shape[-1], ignore_index=ignore_index, device=features.device
     ).update(features, target)
@@ -359,13 +315,8 @@ def _parts(features: Tensor, width: int) -> Iterator[tuple[slice, Tensor]]:
             first += len(vectors)
 
 
-def _check_fit(name: str, value: Tensor, like: Tensor) -> None:
-    check_centers(name, value)
-    if value.shape != like.shape:
-        raise ValueError(f"{name} must have shape {tuple(like.shape)}, got {tuple(value.shape)}")
-
-
 def _reduce(cosines: Tensor, reduction: Reduction) -> Tensor:
+    _checks.check_choice("reduction", reduction, REDUCTIONS)
     cosines = cosines.clamp(-1, 1)
     return cosines.nanmean() if reduction == "mean" else cosines
 
