@@ -7,38 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from separate_loss import _checks, _distributed, _initial
 from separate_loss._batch import Options
-from separate_loss._checks import (
-    CENTER_UPDATES,
-    CenterInit,
-    CenterUpdate,
-    Form,
-    Reduction,
-    check_center_lr,
-    check_choice,
-    check_int,
-    check_no_effect,
-    check_weight,
-    warn_probabilities,
-)
-from separate_loss._distributed import (
-    all_reduce_gradient,
-    broadcast_centers_,
-    check_own_parameter,
-    check_process_group,
-    check_same_settings,
-    resolve_group,
-)
-from separate_loss._initial import (
-    Seen,
-    apply_to,
-    given_centers,
-    given_tensor,
-    init_centers_,
-    look_at_,
-    restore_,
-    seen_now,
-)
+from separate_loss._checks import CenterInit, CenterUpdate, Form, Reduction
 from separate_loss._step import run_step
 from separate_loss._torch import compiler_moves_buffers, run_uncompiled, unwrapped, version_of
 from separate_loss._tracing import has_values
@@ -59,7 +30,6 @@ class Terms(NamedTuple):
         >>> loss = criterion(torch.eye(2), torch.tensor([0, 1]))
         >>> criterion.last_terms
         Terms(intra=tensor(0.), inter=tensor(0.2500), num_centers=tensor(2))
-
     """
 
     intra: Tensor
@@ -136,13 +106,12 @@ class SeparateLoss(nn.Module):
     Source:
         Li et al., ACML 2019, PMLR 101:897-911. The paper gives neither `center_lr` nor starting
         values; docs/theory.md explains the choice.
-
     """
 
     centers: Tensor
     weight: Tensor | None
     _init: CenterInit | Tensor
-    _seen: Seen | None
+    _seen: _initial.Seen | None
 
     def __init__(
         self,
@@ -163,27 +132,27 @@ class SeparateLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        num_classes = check_int("num_classes", num_classes, least=2)
-        feature_dim = check_int("feature_dim", feature_dim, least=1)
-        check_choice("center_update", center_update, CENTER_UPDATES)
+        num_classes = _checks.check_int("num_classes", num_classes, least=2)
+        feature_dim = _checks.check_int("feature_dim", feature_dim, least=1)
+        _checks.check_choice("center_update", center_update, _checks.CENTER_UPDATES)
         Options(form, None, ignore_index, reduction, label_smoothing).check()
-        check_process_group(process_group, sync_centers)
+        _distributed.check_process_group(process_group, sync_centers)
         if center_update != "forward":
-            check_no_effect("center_lr", center_lr, None, center_update)
+            _checks.check_no_effect("center_lr", center_lr, None, center_update)
         if center_update == "none":
-            check_no_effect("process_group", process_group, None, center_update)
-            check_no_effect("sync_centers", sync_centers, True, center_update)
+            _checks.check_no_effect("process_group", process_group, None, center_update)
+            _checks.check_no_effect("sync_centers", sync_centers, True, center_update)
         if center_init is None:
             center_init = "features" if center_update == "forward" else "sphere"
-        weight = given_tensor(weight)
+        weight = _initial.given_tensor(weight)
         if weight is not None:
-            check_weight(weight, num_classes)
+            _checks.check_weight(weight, num_classes)
 
         self.num_classes = num_classes
         self.feature_dim = feature_dim
         self.form: Form = form
         self.center_update: CenterUpdate = center_update
-        self.center_lr = check_center_lr(center_lr)
+        self.center_lr = _checks.check_center_lr(center_lr)
         self.ignore_index = int(ignore_index)
         self.reduction: Reduction = reduction
         self.label_smoothing = float(label_smoothing)
@@ -192,23 +161,29 @@ class SeparateLoss(nn.Module):
         self.last_terms: Terms | None = None
         self._target_read = False  # whether class probabilities were read, for a warning
 
-        self._init = given_centers(center_init, (num_classes, feature_dim), center_update)
+        self._create_centers(center_init, device=device, dtype=dtype)
         self.center_init = "tensor" if isinstance(self._init, Tensor) else self._init
-        centers = torch.empty(num_classes, feature_dim, device=device, dtype=dtype)
-        if center_update == "gradient":
+        self._init_weight = None if weight is None else weight.clone()
+        weight = None if weight is None else weight.to(self.centers, copy=True)
+        self.register_buffer("weight", weight)
+        self.reset_parameters()
+
+    def _create_centers(self, center_init: CenterInit | Tensor, **kind: Any) -> None:
+        """Makes the centers, without values, and keeps their initial values."""
+        shape = self.num_classes, self.feature_dim
+        self._init = _initial.given_centers(center_init, shape, self.center_update)
+        centers = torch.empty(shape, **kind)
+        if self.center_update == "gradient":
             self.centers = nn.Parameter(centers)
         else:
             self.register_buffer("centers", centers)
-        self._init_weight = None if weight is None else weight.clone()
-        self.register_buffer("weight", None if weight is None else weight.to(centers, copy=True))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Resets the centers and the class weights to their initial values."""
         with torch.no_grad():
-            init_centers_(self.centers, self._init)
+            _initial.init_centers_(self.centers, self._init)
             if self._init_weight is not None and self.weight is not None:
-                restore_(self.weight, self._init_weight)
+                _initial.restore_(self.weight, self._init_weight)
         self._seen, self._synced = None, False
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
@@ -221,30 +196,30 @@ class SeparateLoss(nn.Module):
 
     def _compute(self, features: Tensor, target: Tensor, updating: bool) -> Tensor:
         if updating:
-            check_center_lr(self.center_lr)
+            _checks.check_center_lr(self.center_lr)
         learning = torch.is_grad_enabled() and getattr(self.centers, "requires_grad", False)
         group = None
         if updating or learning:
-            group = resolve_group(self.process_group, self.sync_centers)
+            group = _distributed.resolve_group(self.process_group, self.sync_centers)
         if group is not None and not self._synced:
             self._synchronise(group)
         compiling = torch.compiler.is_compiling()
         if not compiling:
             shape = self.num_classes, self.feature_dim
-            self._seen = look_at_(self.centers, self._seen, shape, self.center_update)
+            self._seen = _initial.look_at_(self.centers, self._seen, shape, self.center_update)
         centers = self.centers
         if group is not None and learning:
-            centers = all_reduce_gradient(centers, group)
+            centers = _distributed.all_reduce_gradient(centers, group)
         step = run_step(features, target, centers, self._options(), group if updating else None)
         if not compiling:
-            self._target_read = self._target_read or warn_probabilities(target)
+            self._target_read = self._target_read or _checks.warn_probabilities(target)
         terms = step.intra.detach(), step.inter.detach(), step.num_centers
         plain = [value for value in map(unwrapped, terms) if value is not None]
         self.last_terms = Terms(*plain) if len(plain) == len(terms) else None
         if updating:
             step.update_(self.centers, self.center_lr, start_zeros=True)
             if not compiling:
-                self._seen = seen_now(self.centers, self.center_update)
+                self._seen = _initial.seen_now(self.centers, self.center_update)
         return step.loss
 
     def _options(self) -> Options:
@@ -254,19 +229,22 @@ class SeparateLoss(nn.Module):
 
     def _synchronise(self, group: "ProcessGroup") -> None:
         if not torch.compiler.is_compiling():
-            check_own_parameter(self.centers)
-            settings = {
-                "centers": f"{tuple(self.centers.shape)} of {self.centers.dtype}",
-                "center_update": self.center_update,
-                "center_lr": self.center_lr,
-                **self._options()._replace(weight=None)._asdict(),
-            }
-            check_same_settings(settings, self.centers.device, group)
-        broadcast_centers_(self.centers, group)
+            _distributed.check_own_parameter(self.centers)
+            self._check_same_settings(group)
+        _distributed.broadcast_centers_(self.centers, group)
         self._seen, self._synced = None, True
 
+    def _check_same_settings(self, group: "ProcessGroup") -> None:
+        settings = {
+            "centers": f"{tuple(self.centers.shape)} of {self.centers.dtype}",
+            "center_update": self.center_update,
+            "center_lr": self.center_lr,
+            **self._options()._replace(weight=None)._asdict(),
+        }
+        _distributed.check_same_settings(settings, self.centers.device, group)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SeparateLoss":
-        apply_to(self, fn, recurse)
+        _initial.apply_to(self, fn, recurse)
         return self
 
     @property
