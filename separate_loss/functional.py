@@ -1,9 +1,8 @@
 """The equations of the paper as stateless functions.
 
 Y. Li, Y. Lu, J. Li, G. Lu, "Separate Loss for Basic and Compound Facial Expression Recognition in
-the Wild", ACML 2019, Proceedings of Machine Learning Research 101:897-911. Equation numbers are the
-paper's. Shapes: N samples or any leading dimensions `*`, C classes, d features; a hat is a vector
-over its norm.
+the Wild", ACML 2019, PMLR 101:897-911. Equation numbers are the paper's. Shapes: N samples or any
+leading dimensions `*`, C classes, d features; a hat is a vector over its norm.
 
 All functions compute and return float32 or wider; gradients have the types of their tensors.
 Vectors whose norm is below 1e-19 or above 1e19 in float32 count as zero: their cosines and
@@ -13,18 +12,10 @@ gradients are 0. Call `backward` outside of autocast regions, as PyTorch advises
 import torch
 from torch import Tensor
 
+from separate_loss import _checks
 from separate_loss._batch import Options, check_arguments, compute_dtype, prepare_batch
 from separate_loss._centers import read_centers
-from separate_loss._checks import (
-    FORMS,
-    Form,
-    Reduction,
-    check_center_lr,
-    check_centers,
-    check_choice,
-    check_device,
-    check_vectors,
-)
+from separate_loss._checks import FORMS, Form, Reduction
 from separate_loss._ops import clamp_value, full_precision
 from separate_loss._step import expected_centers, intra_loss, run_step
 from separate_loss._terms import inter_class, normalize
@@ -46,25 +37,23 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
     $$
 
     Args:
-        a: floating point, `(*, d)`.
-        b: floating point, `(*, d)`; the leading dimensions broadcast with those of `a`.
+        a, b: floating point, `(*, d)`; the leading dimensions broadcast.
 
     Returns:
         Similarities `(*)`; 1/2 where either vector is zero.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor.
-        ValueError: the shapes do not broadcast, or the devices differ.
+        TypeError, ValueError: an argument is no floating-point tensor, shapes do not broadcast, or
+            devices differ.
 
     Examples:
         >>> others = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
         >>> similarity(torch.tensor([3.0, 0.0]), others)
         tensor([1.0000, 0.5000, 0.0000])
-
     """
-    check_vectors("a", a)
-    check_vectors("b", b)
-    check_device("b", b, "a", a)
+    _checks.check_vectors("a", a)
+    _checks.check_vectors("b", b)
+    _checks.check_device("b", b, "a", a)
     if a.shape[-1] != b.shape[-1]:
         raise ValueError(
             f"b must have {a.shape[-1]} values in the last dimension, as a has, "
@@ -105,7 +94,6 @@ def intra_class_loss(
         >>> features = torch.tensor([[1.0, 0.0], [0.0, -1.0], [1.0, 0.0]])
         >>> intra_class_loss(features, torch.tensor([0, 1, 1]), centers, reduction="none")
         tensor([0.0000, 1.0000, 0.5000])
-
     """
     options = Options(form, weight, ignore_index, reduction, label_smoothing)
     check_arguments(features, target, centers, options)
@@ -126,17 +114,16 @@ def inter_class_loss(centers: Tensor, *, form: Form = "simplex") -> Tensor:
         \left( \hat c_k^T \hat c_j + 1 \right) \tag{3}
     $$
 
-    It is computed from the sum of the unit centers in O(C d) time. All unit centers that sum to
-    zero reach its minimum. ``form="simplex"``, which is not in the paper, is in [0, 1]. Over the n
-    centers that are not zero, it is 0 only if each pair has the cosine of a simplex, -1 / (n - 1):
+    All unit centers that sum to zero reach its minimum. It takes O(C d) time. ``form="simplex"``,
+    which is not in the paper, is in [0, 1]. Over the n centers that are not zero, it is 0 only if
+    each pair has the cosine of a simplex, -1 / (n - 1):
 
     $$
     Q = \frac{1}{n (n - 1) (1 + a)^2} \sum_k \sum_{j \ne k}
         \left( \hat c_k^T \hat c_j + a \right)^2, \quad a = \frac{1}{n - 1}
     $$
 
-    For n < 2 it is 0. It is computed from a Gram matrix with min(C, d) rows, in O(C d min(C, d))
-    time.
+    For n < 2 it is 0. By a Gram matrix with min(C, d) rows, it takes O(C d min(C, d)) time.
 
     Args:
         centers: floating point, (C, d) with C >= 2.
@@ -146,9 +133,8 @@ def inter_class_loss(centers: Tensor, *, form: Form = "simplex") -> Tensor:
         A scalar.
 
     Raises:
-        TypeError: `centers` is not a floating-point tensor.
-        ValueError: `centers` is not of shape (C, d) or holds fewer than two classes, or an unknown
-            form.
+        TypeError, ValueError: `centers` is no floating-point tensor (C, d) of at least two classes,
+            or `form` is unknown.
 
     Examples:
         >>> centers = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
@@ -156,10 +142,9 @@ def inter_class_loss(centers: Tensor, *, form: Form = "simplex") -> Tensor:
         tensor(0.2500)
         >>> inter_class_loss(centers, form="paper")
         tensor(0.5000)
-
     """
-    check_choice("form", form, FORMS)
-    check_centers("centers", centers)
+    _checks.check_choice("form", form, FORMS)
+    _checks.check_centers("centers", centers)
     centers = centers.to(compute_dtype(centers))
     with full_precision(centers.device.type):
         statistics = read_centers(centers, simplex=form == "simplex", differentiable=True)
@@ -208,9 +193,7 @@ def separate_loss(
         A scalar, or `(*)` for ``reduction="none"``, in float32 or wider.
 
     Raises:
-        TypeError: an argument is of a wrong type.
-        ValueError: sizes do not fit together, fewer than two classes, devices differ, a negative
-            weight, label smoothing outside of [0, 1], or an unknown form or reduction.
+        TypeError, ValueError: an argument is of a wrong type, size, device or value.
         IndexError: a class index is out of range. On accelerators and in compiled code an assertion
             on the device fails instead, because reading the index would synchronise.
 
@@ -223,7 +206,6 @@ def separate_loss(
         tensor(0.6250)
         >>> separate_loss(features, torch.tensor([0, 1]), centers, form="paper")
         tensor(1.)
-
     """
     options = Options(form, weight, ignore_index, reduction, label_smoothing)
     return run_step(features, target, centers, options).loss
@@ -258,22 +240,19 @@ def update_centers(
     with NaN or infinity in their features are ignored. A zero center stays zero.
 
     Args:
-        features: as in `separate_loss`.
-        target: as in `separate_loss`.
-        centers: as in `separate_loss`; not modified.
+        features, target, ignore_index: as in `separate_loss`.
+        centers: as there; not modified.
         form: as in `inter_class_loss`.
         center_lr: alpha, finite and not negative. None takes m / 10, so that the effect of a sample
             by Eq. 6 does not depend on the batch size, and at most 4 (C - 1), or 4 (n - 1) with the
             n centers of the simplex form: with unit centers, a larger alpha makes their sum grow by
             Eq. 7.
-        ignore_index: as in `separate_loss`.
 
     Returns:
         New centers (C, d) in the type of `centers`, without a graph.
 
     Raises:
-        TypeError, ValueError, IndexError: as in `separate_loss`; ValueError also for a
-            `center_lr` that is negative or not finite.
+        TypeError, ValueError, IndexError: as in `separate_loss`, and for `center_lr`.
 
     Examples:
         >>> centers = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -281,9 +260,8 @@ def update_centers(
         >>> update_centers(features, torch.tensor([0]), centers, form="paper", center_lr=1.0)
         tensor([[ 1.0000, -0.0732],
                 [-0.2500,  1.0000]])
-
     """
-    check_center_lr(center_lr)
+    _checks.check_center_lr(center_lr)
     options = Options(form, ignore_index=ignore_index)
     with torch.no_grad():
         step = run_step(features, target, centers, options)
