@@ -38,11 +38,11 @@ docs: $(INSTALLED)
 package: $(INSTALLED)
 	rm -rf dist build/wheel
 	$(BIN)/python -m build
-	$(BIN)/python .ci/check_dist.py
+	$(BIN)/python tools/check_dist.py
 	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/pip install --quiet -c constraints.txt dist/*.whl
-	cd build && wheel/bin/python ../.ci/use_wheel.py
+	cd build && wheel/bin/python ../tools/use_wheel.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
