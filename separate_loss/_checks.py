@@ -181,10 +181,9 @@ def _target_hint(target: Tensor, samples: tuple[int, ...]) -> str:
 
 def _order_hint(features: Tensor, target: Tensor, num_classes: int) -> str:
     """How features (N, d, *) become (*, d)."""
-    batch, _, *places = (*features.shape, 0, 0)[: max(2, features.ndim)]
-    labels = tuple(target.shape)
-    if not places:
+    if features.ndim < 3:
         return ""
+    batch, places, labels = features.shape[0], features.shape[2:], target.shape
     if labels in ((batch, *places), (batch, *places, num_classes)):
         return "; features (N, d, *) need features.movedim(1, -1)"
     if labels == (batch, num_classes, *places):
@@ -211,10 +210,10 @@ def check_order(features: Tensor, samples: tuple[int, ...] | None = None) -> Non
         )
 
 
-def warn_probabilities(target: Tensor, stacklevel: int = 7) -> bool:
+def warn_probabilities(target: Tensor) -> bool:
     """Warns of rows that are no class probabilities, and returns whether it has read any.
 
-    Synchronises, so it is for the first call. `stacklevel` is for SeparateLoss's `_compute`.
+    Synchronises, so it is for the first call.
     """
     if not target.is_floating_point() or target.is_meta or not target.numel():
         return False
@@ -232,7 +231,7 @@ def warn_probabilities(target: Tensor, stacklevel: int = 7) -> bool:
             f"1, or to 0 for an ignored sample: got a row with the least value {row.min():.4g} and "
             f"the sum {row.sum():.4g}. Divide several labels of a sample by their number; logits "
             "need softmax(-1)",
-            stacklevel=stacklevel,
+            stacklevel=7,  # the call of the loss, from `SeparateLoss._compute`
         )
     return True
 
@@ -246,10 +245,9 @@ def check_logits(logits: Tensor, target: Tensor, class_dim: int, num_classes: in
             f"got shape {tuple(logits.shape)}"
         )
     check_tensor("target", target)
-    if logits.ndim <= 2:  # for `check_batch`
-        return
     samples = (*logits.shape[:class_dim], *logits.shape[class_dim + 1 :])
-    if target.shape != (logits.shape if target.is_floating_point() else samples):
+    expected = logits.shape if target.is_floating_point() else samples
+    if logits.ndim > 2 and target.shape != expected:  # fewer dimensions are for `check_batch`
         raise ValueError(
             f"target must have shape {samples} for class indices, or {tuple(logits.shape)} for "
             f"class probabilities, beside logits of shape {tuple(logits.shape)} with the classes "
@@ -268,6 +266,11 @@ def dims_of(sizes: tuple[int, ...]) -> list[int]:
     return list(dict.fromkeys([len(sizes) - 1, dim_of(1, sizes)]))
 
 
+def _sizes_but(dim: int, sizes: tuple[int, ...]) -> list[int]:
+    """Sizes without that of one dimension and those of 1."""
+    return [size for at, size in enumerate(sizes) if at != dim and size != 1]
+
+
 def check_head_input(
     shape: tuple[int, ...],
     output_shape: tuple[int, ...],
@@ -284,13 +287,12 @@ def check_head_input(
     if (*shape, *output_shape) == (shape[0], sizes[0], shape[0], sizes[1]):
         return  # (N, d) and (N, C)
     fitting = []
-    for dims in itertools.product(dims_of(shape), dims_of(output_shape)):
-        samples, others = (
-            [size for dim, size in enumerate(of) if dim != left_out and size != 1]
-            for of, left_out in zip((shape, output_shape), dims, strict=True)
-        )
-        if samples == others and (shape[dims[0]], output_shape[dims[1]]) == sizes:
-            fitting += [dims] * (1 if len(set(samples)) == len(samples) else 2)
+    for dim, output_dim in itertools.product(dims_of(shape), dims_of(output_shape)):
+        samples = _sizes_but(dim, shape)
+        fits = samples == _sizes_but(output_dim, output_shape)
+        if fits and (shape[dim], output_shape[output_dim]) == sizes:
+            # Equal sizes may have changed places.
+            fitting += [(dim, output_dim)] * (1 if len(set(samples)) == len(samples) else 2)
     shapes = f"its input had shape {tuple(shape)} and its output {tuple(output_shape)}"
     if (dim_of(class_dim, shape), dim_of(class_dim, output_shape)) not in fitting:
         raise ValueError(
@@ -309,23 +311,19 @@ def check_matches_centers(features: Tensor, centers: Tensor, weight: Tensor | No
     """Features (*, d) and class weights (C,) that match the centers (C, d)."""
     num_classes, feature_dim = centers.shape
     if features.shape[-1] != feature_dim:
+        hint = ""
+        if features.ndim > 2 and features.shape[1] == feature_dim:
+            call = "flatten(1)" if math.prod(features.shape[2:]) == 1 else "movedim(1, -1)"
+            hint = f"; features (N, d, *) need features.{call}"
         raise ValueError(
             f"features must have {feature_dim} values in the last dimension, as centers have, "
-            f"got shape {tuple(features.shape)}{_dim_hint(features, feature_dim)}"
+            f"got shape {tuple(features.shape)}{hint}"
         )
     moves = f"; a loss moves by criterion.to({str(features.device)!r})"
     check_device("features", features, "centers", centers, moves)
     if weight is not None:
         check_weight(weight, num_classes)
         check_device("weight", weight, "centers", centers)
-
-
-def _dim_hint(features: Tensor, feature_dim: int) -> str:
-    if features.ndim < 3 or features.shape[1] != feature_dim:
-        return ""
-    pooled = math.prod(features.shape[2:]) == 1
-    change = "features.flatten(1)" if pooled else "features.movedim(1, -1)"
-    return f"; features (N, d, *) need {change}"
 
 
 def check_weight(weight: Tensor, num_classes: int) -> None:

@@ -54,10 +54,9 @@ class SeparateLoss(nn.Module):
             end of each `forward`, in training mode with gradients enabled, as BatchNorm updates its
             statistics. No optimizer is needed. ``"gradient"`` makes the centers a parameter for an
             optimizer. ``"none"`` leaves the buffer to the caller.
-        center_lr: alpha of Eq. 8, for ``center_update="forward"``; finite and not negative. None
-            takes a tenth of the number of samples in the step, over all processes, within the bound
-            of `separate_loss.functional.update_centers`, so that centers follow their classes
-            equally fast at every batch size.
+        center_lr: alpha of Eq. 8, for ``center_update="forward"``, as in
+            `separate_loss.functional.update_centers`; None counts the samples of all processes, so
+            that centers follow their classes equally fast at every batch size.
         center_init: the initial centers. ``"features"``: zero, until the first samples of a class
             set its center to their mean direction; under class probabilities, the samples for
             which it is the most probable class, by their probabilities. Only for the forward
@@ -77,16 +76,16 @@ class SeparateLoss(nn.Module):
         device, dtype: of the centers; in half precision small updates would be rounded away.
 
     Shape:
-        features `(*, d)` and target `(*)` or `(*, C)`, as the function takes them, to a scalar, or
-        `(*)` for ``reduction="none"``.
+        features `(*, d)` and target `(*)` or `(*, C)` to a scalar, or `(*)` for
+        ``reduction="none"``.
 
     Attributes:
         centers: (C, d), buffer or parameter; in the `state_dict` under the same name in all modes.
             The forward update changes them in place: clone them to use them in your own graph. The
             first call after others wrote them sets rows that are not finite to zero.
             `nn.Module.to_empty` gives centers from the meta device their initial values.
-        last_terms: intra- and inter-class loss of the last call and the number of classes that had
-            a center, for logging; None before that, and after a call under `torch.func.vmap`.
+        last_terms: the `Terms` of the last call, for logging; None before that, and after a call
+            under `torch.func.vmap`.
         center_lr: may be assigned later, for example in each epoch.
 
     Raises:
@@ -99,9 +98,8 @@ class SeparateLoss(nn.Module):
         >>> criterion = SeparateLoss(num_classes=3, feature_dim=8)
         >>> features, labels = torch.randn(16, 8, requires_grad=True), torch.arange(16) % 3
         >>> logits = torch.nn.functional.linear(features, torch.randn(3, 8))
-        >>> loss = torch.nn.functional.cross_entropy(logits, labels)
-        >>> loss = loss + criterion(features, labels)
-        >>> loss.backward()
+        >>> softmax = torch.nn.functional.cross_entropy(logits, labels)
+        >>> (softmax + criterion(features, labels)).backward()
 
     Source:
         Li et al., ACML 2019, PMLR 101:897-911. The paper gives neither `center_lr` nor starting

@@ -32,9 +32,7 @@ __all__ = [
 def similarity(a: Tensor, b: Tensor) -> Tensor:
     r"""Cosine similarity over the last dimension, shifted to [0, 1].
 
-    $$
-    \operatorname{Sim}(a, b) = \frac{1}{2} \left( \frac{a^T b}{\|a\| \|b\|} + 1 \right) \tag{1}
-    $$
+    $$ \operatorname{Sim}(a, b) = \frac{1}{2} \left( \hat a^T \hat b + 1 \right) \tag{1} $$
 
     Args:
         a, b: floating point, `(*, d)`; the leading dimensions broadcast.
@@ -109,21 +107,15 @@ def inter_class_loss(centers: Tensor, *, form: Form = "simplex") -> Tensor:
 
     ``form="paper"`` is Eq. 3, in [(C - 2) / (2 (C - 1)), 1]:
 
-    $$
-    L_{inter} = \frac{1}{2 |S| (|S| - 1)} \sum_k \sum_{j \ne k}
-        \left( \hat c_k^T \hat c_j + 1 \right) \tag{3}
-    $$
+    $$ L_{inter} = \frac{1}{2 C (C - 1)} \sum_k \sum_{j \ne k} (\hat c_k^T \hat c_j + 1) \tag{3} $$
 
     All unit centers that sum to zero reach its minimum. It takes O(C d) time. ``form="simplex"``,
     which is not in the paper, is in [0, 1]. Over the n centers that are not zero, it is 0 only if
-    each pair has the cosine of a simplex, -1 / (n - 1):
+    each pair has the cosine of a simplex, -a with a = 1 / (n - 1), and for n < 2:
 
-    $$
-    Q = \frac{1}{n (n - 1) (1 + a)^2} \sum_k \sum_{j \ne k}
-        \left( \hat c_k^T \hat c_j + a \right)^2, \quad a = \frac{1}{n - 1}
-    $$
+    $$ Q = \frac{1}{n (n - 1) (1 + a)^2} \sum_k \sum_{j \ne k} (\hat c_k^T \hat c_j + a)^2 $$
 
-    For n < 2 it is 0. By a Gram matrix with min(C, d) rows, it takes O(C d min(C, d)) time.
+    By a Gram matrix with min(C, d) rows, it takes O(C d min(C, d)) time.
 
     Args:
         centers: floating point, (C, d) with C >= 2.
@@ -228,7 +220,7 @@ def update_centers(
     $$
 
     $$
-    D_{inter}(c_j) = \frac{1}{2 |S| (|S| - 1)} \sum_{k \ne j} \left(
+    D_{inter}(c_j) = \frac{1}{2 C (C - 1)} \sum_{k \ne j} \left(
         \frac{c_k}{\|c_k\| \|c_j\|} - \frac{(c_k^T c_j) c_j}{\|c_k\| \|c_j\|^3} \right) \tag{7}
     $$
 

@@ -169,9 +169,8 @@ def intra_class_similarity(
         TypeError, ValueError, IndexError: an argument is of a wrong type, size or range.
 
     Examples:
-        >>> features = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
-        >>> labels = torch.tensor([0, 0, 1])
-        >>> intra_class_similarity(features, labels, torch.eye(2), reduction="none")
+        >>> features, target = torch.tensor([[1.0, 0], [0, 2], [1, 1]]), torch.tensor([0, 0, 1])
+        >>> intra_class_similarity(features, target, torch.eye(2), reduction="none")
         tensor([0.5000, 0.7071], dtype=torch.float64)
     """
     _checks.check_centers("centers", centers)

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 __all__ = ["center_similarity", "feature_space"]
 
+MARKERS = {
+    "true_centers": ("o", "white", "true center (class mean)"),
+    "learned_centers": ("X", "black", "learned center"),
+}
+
 
 def feature_space(
     points: "Tensor | ArrayLike",
@@ -62,18 +67,13 @@ def feature_space(
         raise TypeError(f"target must hold class indices, got {labels.dtype}")
     used = (labels >= 0) & (labels != ignore_index)
     drawn, labels = drawn[used], labels[used].astype(int)
-    means = None if true_centers is None else _rows("true_centers", true_centers)
-    centers = None if learned_centers is None else _rows("learned_centers", learned_centers)
+    given = {"true_centers": true_centers, "learned_centers": learned_centers}
+    centers = {name: _rows(name, rows) for name, rows in given.items() if rows is not None}
     num_classes = int(labels.max(initial=-1)) + 1
-    for name, given in (
-        ("true_centers", means),
-        ("learned_centers", centers),
-        ("class_names", class_names),
-    ):
-        if given is not None and len(given) < num_classes:
-            raise ValueError(f"{name} must hold all {num_classes} classes, got {len(given)}")
-    num_classes = max(num_classes, *(len(rows) for rows in (means, centers) if rows is not None), 1)
-    colors = _colors(num_classes)
+    for name, rows in {**centers, "class_names": class_names}.items():
+        if rows is not None and len(rows) < num_classes:
+            raise ValueError(f"{name} must hold all {num_classes} classes, got {len(rows)}")
+    colors = _colors(max(num_classes, 1, *map(len, centers.values())))
     if axes is None:
         axes = plt.figure(figsize=(6, 6), layout="constrained").add_subplot()
 
@@ -85,8 +85,8 @@ def feature_space(
         )
         finite = members[np.isfinite(members).all(1)]
         mean = finite.mean(0) if len(finite) else [0, 0]
-        if means is not None and np.isfinite(means[label]).all():
-            mean = means[label]
+        if "true_centers" in centers and np.isfinite(centers["true_centers"][label]).all():
+            mean = centers["true_centers"][label]
         axes.annotate(
             str(label) if class_names is None else class_names[label],
             (mean[0], mean[1]),
@@ -99,18 +99,12 @@ def feature_space(
             path_effects=halo,
         )
     handles = []
-    for rows, marker, edge, name in (
-        (means, "o", "white", "true center (class mean)"),
-        (centers, "X", "black", "learned center"),
-    ):
-        if rows is not None:
-            x, y = rows.T
-            axes.scatter(
-                x, y, s=80, c=colors[: len(rows)], marker=marker, edgecolors=edge, zorder=3
-            )
-            handles.append(
-                Line2D([], [], ls="", marker=marker, ms=9, color="gray", mec=edge, label=name)
-            )
+    for name, rows in centers.items():
+        marker, edge, text = MARKERS[name]
+        x, y = rows.T
+        axes.scatter(x, y, s=80, c=colors[: len(rows)], marker=marker, edgecolors=edge, zorder=3)
+        handle = Line2D([], [], ls="", marker=marker, ms=9, color="gray", mec=edge, label=text)
+        handles.append(handle)
     if handles:
         axes.legend(handles=handles, loc="best", fontsize=9, framealpha=0.9)
     axes.set(xticks=[], yticks=[])
