@@ -275,10 +275,8 @@ class SeparateLoss(nn.Module):
             self._init = self.centers.detach().clone()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SeparateLoss":
-        # A process group cannot be copied.
-        memo[id(self.process_group)] = self.process_group
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
+        memo[id(self.process_group)] = self.process_group  # which cannot be copied
+        memo[id(self)] = twin = type(self).__new__(type(self))
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
 

@@ -104,14 +104,13 @@ class ShardedSeparateLoss(SeparateLoss):
         self._check_same_settings(mesh.get_group())
 
     def _create_centers(self, center_init: CenterInit | Tensor, **kind: Any) -> None:
-        shape = num_classes, feature_dim = self.num_classes, self.feature_dim
+        shape, strides = (self.num_classes, self.feature_dim), (self.feature_dim, 1)
         # As `Shard` splits rows: equal numbers for all but the last processes.
-        self._rows_each = -(-num_classes // self._mesh.size())
-        self._first_row = min(self._mesh.get_local_rank() * self._rows_each, num_classes)
-        own = slice(self._first_row, min(self._first_row + self._rows_each, num_classes))
+        self._rows_each = -(-self.num_classes // self._mesh.size())
+        self._first_row = self._mesh.get_local_rank() * self._rows_each
+        own = slice(self._first_row, self._first_row + self._rows_each)
         self._init = _initial.given_centers(center_init, shape, "forward", own)
-        shard = torch.empty(own.stop - own.start, feature_dim, **kind)
-        strides = feature_dim, 1
+        shard = torch.empty(len(range(self.num_classes)[own]), self.feature_dim, **kind)
         centers = DTensor.from_local(
             shard, self._mesh, [Shard(0)], shape=torch.Size(shape), stride=strides
         )
