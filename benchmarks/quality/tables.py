@@ -42,6 +42,7 @@ calibration error, 15 bins, %. Train: accuracy on what was trained on. Mean cosi
 part: intra of features to their class means, inter between class means, closest of the two that are
 closest; agreement of learned centers or proxies with class means, and the lowest of any class.
 Nearest: accuracy of the nearest of these by cosine. Norm: of the features."""
+SHORT = ("banking", "clinc", "digits", "code", "rare-banking", "cifar10")
 Line = tuple[Study, FeatureKind]
 
 
@@ -50,6 +51,7 @@ def page(studies: Sequence[Study], environments: Mapping[str, Mapping[str, Any]]
     parts = [INTRODUCTION]
     lines = [(study, kind) for study in studies for kind in study.data.rows]
     for title, draw in (
+        ("In one table", _short),
         ("In short", _summary), ("A neck", _neck), ("Where it harms", _harm),
     ):  # fmt: skip
         if text := draw(lines):
@@ -91,6 +93,23 @@ def _summary(lines: Sequence[Line]) -> str:
         rows.append([*_start(line), *cells])
     titles = ["+ best peer", "+ paper's form, 0.9", "+ simplex form, 1", "+ simplex form, 3"]
     return table(["data", "features", "softmax loss", *titles], rows) if rows else ""
+
+
+def _short(lines: Sequence[Line]) -> str:
+    """A line for each data set, as README shows it."""
+    first = {line[0].name: line for line in reversed(lines) if _has(line, SOFTMAX, PEERS[0], ONE)}
+    rows = [
+        [
+            line[0].data.title,
+            format_spread(line[0].values(line[1], SOFTMAX), 1),
+            f"{_interval(line, peer)} ({peer.title.removeprefix('+ ')})",
+            _interval(line, ONE),
+        ]
+        for line in reversed(first.values())
+        for peer in [best_peer(line)]
+        if line[0].name in SHORT
+    ]
+    return table(["data", "softmax loss", "+ best peer", "+ simplex form, 1"], rows) if rows else ""
 
 
 def _start(line: Line) -> list[object]:
