@@ -11,6 +11,8 @@ import subprocess
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -34,7 +36,6 @@ def make_parser(command: str, text: str | None, *, timing: bool = False) -> Argu
     if timing:
         threads = torch.get_num_threads()
         parser.add_argument("--threads", type=int, default=threads, help="of the CPU")
-        parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
         parser.add_argument("--quick", action="store_true", help="small sizes, briefly")
     return parser
 
@@ -129,6 +130,18 @@ class Results:
             self.measured[name] = json.loads(json.dumps(measure(), allow_nan=False))
             self.save()
         return self.measured[name]
+
+    def each(
+        self, sizes: Sequence[Any], names: Iterable[str], measure: Callable[[Any, str], Any]
+    ) -> dict[Any, dict[str, Any]]:
+        """`once` for each size and name; of names that are not stored, none is redrawn."""
+        first = f"{sizes[0]} "
+        names = [name for name in names if not self.redraw or first + name in self.measured]
+        found: dict[Any, dict[str, Any]] = {size: {} for size in sizes}
+        for number, (size, name) in enumerate(product(sizes, names), 1):
+            print(f"[{number}/{len(sizes) * len(names)}] {size} {name}", flush=True)
+            found[size][name] = self.once(f"{size} {name}", partial(measure, size, name))
+        return found
 
     def save(self) -> None:
         """Writes the file, one measurement a line."""

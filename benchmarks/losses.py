@@ -61,6 +61,14 @@ class CenterLoss(_Centers):
         return loss
 
 
+class CenterLossByGather(_Centers):
+    """Half the mean of ||x_i - c_{y_i}||^2 under autograd, without 1 + n_j."""
+
+    def forward(self, features: Tensor, target: Tensor) -> Tensor:
+        difference = features - self.centers.index_select(0, target)
+        return difference.square().sum() / (2 * len(features))
+
+
 class CenterLossByMatrix(_Centers):
     """Center loss by a matrix of all distances (N, C), in its most copied form.
 
@@ -191,6 +199,7 @@ LOSSES = {
     "textbook": Loss(TextbookSeparateLoss, sgd=True, pairs=True),
     "textbook, compiled": Loss(TextbookSeparateLoss, sgd=True, compiled=True, pairs=True),
     "center loss": Loss(CenterLoss, sgd=True),
+    "center loss by gather": Loss(CenterLossByGather, sgd=True),
     "center loss by matrix": Loss(CenterLossByMatrix, sgd=True),
     "island loss": Loss(IslandLoss, sgd=True, pairs=True),
     "triplet, batch-hard": Loss(lambda *_: BatchHardTripletLoss()),

@@ -3,7 +3,7 @@
 Each point has its own process. The textbook form stops where its matrices (C, C) fill the memory.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
@@ -13,16 +13,8 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.harness import (
-    Results,
-    format_memory,
-    format_time,
-    make_parser,
-    provenance,
-    save_svg,
-    table,
-    write,
-)
+from benchmarks import harness
+from benchmarks.harness import format_memory, format_time
 from benchmarks.steps import Size, measure_step
 
 NUM_CLASSES = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
@@ -37,14 +29,13 @@ FORMS = {
     "paper, gradient": ("SeparateLoss, paper, gradient", "#3a7ca5"),
     "textbook": ("textbook", "#c1440e"),
 }
-FIXED = {"num_classes": f"{SAMPLES} samples", "num_samples": f"{CLASSES:,} classes"}
 
-Points = Sequence[Mapping[str, Any]]
+Curves = Mapping[Size, Mapping[str, Any]]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line, measures what is not yet measured, and writes all files."""
-    parser = make_parser("scale", __doc__, timing=True)
+    parser = harness.make_parser("scale", __doc__, timing=True)
     parser.add_argument("--classes", nargs="+", type=int, help="in place of the usual ones")
     parser.add_argument("--samples", nargs="+", type=int, help="in place of the usual ones")
     options = parser.parse_args(arguments)
@@ -54,47 +45,38 @@ def main(arguments: list[str] | None = None) -> None:
         "samples": options.samples or (NUM_SAMPLES[::2] if options.quick else NUM_SAMPLES),
         "seconds": 0.05 if options.quick else 0.5,
     }
-    results = Results(options, "scale", settings, options.device)
+    results = harness.Results(options, "scale", settings, "cpu")
     settings = results.settings
-    where = (options.device, options.threads, settings["seconds"])
-    sizes = {
-        "num_classes": [Size(SAMPLES, FEATURE_DIM, number) for number in settings["classes"]],
-        "num_samples": [Size(number, FEATURE_DIM, CLASSES) for number in settings["samples"]],
-    }
-    forms = list(FORMS)
-    if results.redraw:  # those that were measured
-        first = sizes["num_classes"][0]
-        forms = [form for form in FORMS if f"{first} {form}" in results.measured]
-    curves: dict[str, dict[str, list[Any]]] = {axis: {form: [] for form in forms} for axis in sizes}
-    points = [(axis, *point) for axis in sizes for point in product(sizes[axis], forms)]
-    for number, (axis, size, form) in enumerate(points, 1):
-        point = results.once(f"{size} {form}", partial(_measure, form, size, *where))
-        curves[axis][form].append(point)
-        shown = point.get("skipped") or ", ".join(_cells(point))
-        print(f"[{number}/{len(points)}] {size} {form}: {shown}", flush=True)
-
-    parts = ["# How cost grows", provenance(results.environment)]
-    for axis, curve in curves.items():
-        parts += [f"## Over {axis.removeprefix('num_')}, {FIXED[axis]}", _table(axis, curve)]
-    write(options.output / "scale.md", "\n\n".join(parts) + "\n")
-    save_svg(_draw("num_classes", curves["num_classes"]), options.output / "cost.svg")
+    measure = partial(_measure, options.threads, settings["seconds"])
+    of_classes, of_samples = (
+        results.each(sizes, FORMS, measure)
+        for sizes in (
+            [Size(SAMPLES, FEATURE_DIM, number) for number in settings["classes"]],
+            [Size(number, FEATURE_DIM, CLASSES) for number in settings["samples"]],
+        )
+    )
+    parts = ["# How cost grows", harness.provenance(results.environment)]
+    parts += [f"## Over classes, {SAMPLES} samples", _table("num_classes", of_classes)]
+    parts += [f"## Over samples, {CLASSES:,} classes", _table("num_samples", of_samples)]
+    harness.write(options.output / "scale.md", "\n\n".join(parts) + "\n")
+    harness.save_svg(_draw(of_classes), options.output / "cost.svg")
     print(f"\nWritten to {options.output}")
 
 
-def _measure(form: str, size: Size, *where: Any) -> dict[str, Any]:
+def _measure(threads: int, seconds: float, size: Size, form: str) -> dict[str, Any]:
     """In a new process, where nothing was allocated before."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return size._asdict() | pool.submit(measure_step, FORMS[form][0], size, *where).result()
+    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        return size._asdict() | pool.submit(measure_step, size, FORMS[form][0], seconds).result()
 
 
-def _table(axis: str, forms: Mapping[str, Points]) -> str:
-    columns = product(forms, ("time", "/ floor", "peak memory"))
-    header = [axis.replace("num_", ""), *(f"{form}, {name}" for form, name in columns)]
+def _table(axis: str, curves: Curves) -> str:
+    columns = product(next(iter(curves.values())), ("time", "/ floor", "peak memory"))
+    header = [axis.removeprefix("num_"), *(f"{form}, {name}" for form, name in columns)]
     rows = [
-        [f"{points[0][axis]:,}", *(cell for point in points for cell in _cells(point))]
-        for points in zip(*forms.values(), strict=True)
+        [f"{getattr(size, axis):,}", *(cell for point in points.values() for cell in _cells(point))]
+        for size, points in curves.items()
     ]
-    return table(header, rows)
+    return harness.table(header, rows)
 
 
 def _cells(point: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -104,22 +86,22 @@ def _cells(point: Mapping[str, Any]) -> tuple[str, str, str]:
     return format_time(point["median"]), ratio, format_memory(point["peak"])
 
 
-def _draw(axis: str, forms: Mapping[str, Points]) -> Figure:
-    """Time and memory."""
+def _draw(curves: Curves) -> Figure:
+    """Time and memory over classes."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     panels = figure.subplots(1, 2)
     units = {"median": ("milliseconds a step", 1e3), "peak": ("MiB beyond the inputs", 2**-20)}
+    points = [(size.num_classes, one) for size, one in curves.items()]
     for axes, (key, (title, unit)) in zip(panels, units.items(), strict=True):
-        for form, points in forms.items():
+        for form in points[0][1]:
             name, color = FORMS[form]
-            shown = [(point[axis], unit * point[key]) for point in points if point.get(key)]
+            shown = [(c, unit * one[form][key]) for c, one in points if one[form].get(key)]
             if shown:
                 axes.loglog(*zip(*shown, strict=True), "o-", color=color, label=name)
-        axes.set(xlabel=axis.removeprefix("num_"), title=title)
+        axes.set(xlabel="classes", title=title)
         axes.grid(alpha=0.3)
-    measured = next(iter(forms.values()))
-    numbers, floors = zip(*((one[axis], 1e3 * one["floor"]) for one in measured), strict=True)
-    panels[0].loglog(numbers, floors, "--", color="black", label="the floor")
+    floors = [(c, 1e3 * next(iter(one.values()))["floor"]) for c, one in points]
+    panels[0].loglog(*zip(*floors, strict=True), "--", color="black", label="the floor")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
     return figure

@@ -6,20 +6,17 @@ read them once, then write a new tensor of their size. About 12 minutes; --quick
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import product
 from statistics import median, quantiles
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from benchmarks.harness import Results, format_time, make_parser, provenance, table, write
 from benchmarks.losses import LOSSES
-from benchmarks.networks import backbone_classifier
-from benchmarks.steps import Size, draw_batch, measure, measure_step, prepare
+from benchmarks.steps import Size, draw_batch, measure, measure_step, prepare, prepare_training
 
 SIZES = ((32, 64, 7), (128, 512, 7), (256, 512, 1_000), (256, 512, 10_000), (512, 512, 100_000))
-NUM_CLASSES, BATCH_SIZE, REPEATS = 7, 32, 5  # of the ResNet-18 step
+BATCH_SIZE, REPEATS = 32, 5  # of the ResNet-18 step
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,43 +32,25 @@ def main(arguments: list[str] | None = None) -> None:
         "seconds": 0.04 if options.quick else 0.5,
         "images": options.images,
     }
-    results = Results(options, "speed", settings, options.device)
-    where = (options.device, options.threads, settings["seconds"])
-    sizes = [Size(*size) for size in results.settings["sizes"]]
+    results = Results(options, "speed", settings, "cpu")
+    seconds, sizes = settings["seconds"], [Size(*size) for size in results.settings["sizes"]]
     losses = [name for name, loss in LOSSES.items() if not (options.quick and loss.compiled)]
-    if results.redraw:  # those that were measured
-        losses = [name for name in LOSSES if f"{sizes[0]} {name}" in results.measured]
-    for number, (size, loss) in enumerate(product(sizes, losses), 1):
-        found = results.once(f"{size} {loss}", partial(measure_step, loss, size, *where))
-        shown = found.get("skipped") or format_time(found["median"])
-        print(f"[{number}/{len(sizes) * len(losses)}] {size} {loss}: {shown}", flush=True)
-    results.once("ResNet-18", partial(measure_resnet, losses[0], options.images, *where))
+    found = results.each(sizes, losses, partial(measure_step, seconds=seconds))
+    ours = next(iter(found[sizes[0]]))
+    resnet = results.once("ResNet-18", partial(measure_resnet, ours, options.images, seconds))
 
     parts = ["# What a step costs", provenance(results.environment)]
-    for size in sizes:
-        times = _times({loss: results.measured[f"{size} {loss}"] for loss in losses})
-        parts += [f"## (N, d, C) = {size}", times]
-    parts += ["## A ResNet-18 step", _resnet(losses[0], results.measured["ResNet-18"])]
+    parts += [f"## (N, d, C) = {size}\n\n{_times(times)}" for size, times in found.items()]
+    parts += ["## A ResNet-18 step", _resnet(ours, resnet)]
     write(options.output / "speed.md", "\n\n".join(parts) + "\n")
     print(f"\nWritten to {options.output}")
 
 
-def measure_resnet(
-    loss: str, images: int, device: str, threads: int, seconds: float
-) -> dict[str, Any]:
+def measure_resnet(loss: str, images: int, seconds: float) -> dict[str, Any]:
     """Times of a training step of ResNet-18, and of the loss alone, which adds less than noise."""
-    model = backbone_classifier("resnet18", "none", NUM_CLASSES).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    batch = torch.randn(BATCH_SIZE, 3, images, images, device=device)
-    features, target = draw_batch(Size(BATCH_SIZE, model.feature_dim, NUM_CLASSES), device)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(batch)[1], target).backward()
-        optimizer.step()
-
-    without = [measure(step, threads, seconds)["median"] for _ in range(REPEATS)]
-    alone = measure(prepare(loss, features, target, NUM_CLASSES), threads, seconds)
+    step = prepare_training(["cross-entropy head"], images, BATCH_SIZE, autocast=False)
+    without = [measure(step, seconds)["median"] for _ in range(REPEATS)]
+    alone = measure(prepare(loss, *draw_batch(Size(BATCH_SIZE, 512, 7)), 7), seconds)
     return {"images": images, "batch_size": BATCH_SIZE, "without": without, "alone": alone}
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats  # type: ignore[import-untyped]
 
-from benchmarks import harness, scale, speed, steps
+from benchmarks import gpu, harness, scale, speed, steps
 from benchmarks.__main__ import main
 from benchmarks.losses import LOSSES
 from examples import digits
+from separate_loss._triton import backend
+from separate_loss._triton import step as triton_step
 
 SHOWN = Path(__file__).parents[3] / "docs" / "benchmarks"
 
@@ -65,7 +68,7 @@ def test_scale_resumes_and_leaves_out_what_does_not_fit(
     monkeypatch.setattr(scale, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     monkeypatch.setattr(scale, "_draw", lambda *_: Figure())  # drawn in the next test
     # Enough for pairs of 20 classes, not of 30.
-    monkeypatch.setattr(steps, "free_memory", lambda _: 6_000)
+    monkeypatch.setattr(steps, "free_memory", lambda: 6_000)
     options = ["--quick", "--classes", "10", "30", "--samples", "8", "--threads", "1"]
     main(["scale", *options, "--output", str(tmp_path)])
     edit(tmp_path / "scale.json", "(256, 128, 10) textbook", "(8, 128, 20) simplex")
@@ -79,6 +82,53 @@ def test_scale_resumes_and_leaves_out_what_does_not_fit(
 def test_gpu_says_that_it_needs_one() -> None:
     with pytest.raises(SystemExit, match="needs a CUDA GPU"):
         main(["gpu"])
+
+
+def test_gpu_on_a_cpu_measures_what_it_can_and_writes_its_section(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kernels fail without the interpreter, which leaves the other rows."""
+    monkeypatch.setattr(triton_step, "INTERPRETED", False)
+    monkeypatch.setattr(gpu, "SIZES", ((8, 4, 3),))
+    monkeypatch.setattr(gpu, "OURS", [one for one in gpu.OURS if "compiled" not in one])
+    page, output = tmp_path / "cost.md", ["--output", str(tmp_path)]
+    page.write_text(f"Before.\n\n{gpu.BEGIN}\nold\n{gpu.END}\n\nAfter.\n")
+    monkeypatch.setattr(gpu, "PAGE", page)
+    main(["gpu", "--device", "cpu", "--quick", "--threads", "1", *output])
+    assert "Before.\n\n" in page.read_text()
+    assert "old" in page.read_text()  # which only a full run on a GPU changes
+    assert backend.BACKEND == "auto"
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    training, losses = found["measured"].values()
+    cannot = {name for name, row in (training | losses).items() if "failed" in row}
+    assert cannot == {name for name in gpu.OURS if name.endswith(gpu.KERNELS)}
+    for row in (row for row in losses.values() if "failed" not in row):
+        low, median, high = row["host"]
+        assert 0 < low <= median <= high
+        assert row["steps"] == 2 * gpu.STEPS
+        assert row["launches"] > 0
+    found["environment"]["gpu"], found["settings"]["turns"] = "A card", gpu.TURNS
+    (tmp_path / "gpu.json").write_text(json.dumps(found))
+    capsys.readouterr()
+    main(["gpu", "--redraw", *output])
+    section = capsys.readouterr().out.split("\n(8, 4, 3)\n")[1]
+    assert page.read_text() == f"Before.\n\n{gpu.BEGIN}\n\n{section}\n{gpu.END}\n\nAfter.\n"
+    assert re.search(
+        r"torch .*; A card; \d+-\d+-\d+\.\n\n\| ResNet-18, 4 x 3 x 32 x 32 \|", section
+    )
+    assert re.search(
+        r"\| center loss by gather \|( [\d.]+ .s \([^|]*\) \|){2} [\d.]+ .s \| \d+ \|", section
+    )
+    assert "| SeparateLoss, simplex, kernels | - | - | - | - |" in section
+
+
+def test_gpu_runs_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter."""
+    monkeypatch.setattr(gpu, "STEPS", 1)
+    monkeypatch.setattr(gpu, "OURS", [one for one in gpu.OURS if one.endswith(gpu.KERNELS)])
+    found = gpu._measure(partial(gpu._losses, steps.Size(8, 4, 3)), "cpu", 2)
+    assert [name for name, row in found.items() if "failed" in row] == []
+    assert backend.BACKEND == "auto"
 
 
 @pytest.mark.parametrize("name", ["speed", "scale"])

@@ -57,6 +57,14 @@ def test_center_loss_equals_its_formula(target: Tensor) -> None:
     np.testing.assert_allclose(grad_centers, center_step(features, target, centers, True))
 
 
+def test_center_loss_by_gather_equals_its_formula(target: Tensor) -> None:
+    loss, grad, grad_centers, features, centers = run(losses.CenterLossByGather(5, 6), target)
+    assert loss == pytest.approx(center_loss(features, target, centers) / len(target))
+    np.testing.assert_allclose(grad, (features - centers[target]) / len(target))
+    step = center_step(features, target, centers, False) / len(target)
+    np.testing.assert_allclose(grad_centers, step)
+
+
 def test_center_loss_by_matrix_equals_its_formula(target: Tensor) -> None:
     loss, grad, grad_centers, features, centers = run(losses.CenterLossByMatrix(5, 6), target)
     # No half; each of the N (C - 1) zeros beside the own distances is clamped to 1e-12.
