@@ -6,7 +6,7 @@ from importlib import import_module
 # The module of each command, and what it measures.
 COMMANDS = {
     "speed": ("speed", "what a step costs, beside other losses"),
-    "gpu": ("gpu", "the same on a CUDA GPU, by PyTorch's operators and the Triton kernels"),
+    "gpu": ("gpu", "the same on a CUDA GPU, by operators, kernels and compiled, and in trainings"),
     "scale": ("scale", "how time and memory grow with classes and samples"),
     "quality": ("quality.command", "whether it helps: accuracy, compactness, separation"),
     "paper": ("paper.command", "the paper's own experiment, on your files"),

@@ -89,6 +89,7 @@ def test_gpu_on_a_cpu_measures_what_it_can_and_writes_its_section(
 ) -> None:
     """Kernels fail without the interpreter, which leaves the other rows."""
     monkeypatch.setattr(triton_step, "INTERPRETED", False)
+    monkeypatch.setattr(gpu, "STEPS", 2)
     monkeypatch.setattr(gpu, "SIZES", ((8, 4, 3),))
     monkeypatch.setattr(gpu, "OURS", [one for one in gpu.OURS if "compiled" not in one])
     page, output = tmp_path / "cost.md", ["--output", str(tmp_path)]
