@@ -1,5 +1,6 @@
 """The package on a CUDA GPU, with compiled Triton kernels: `make test-cuda`."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from separate_loss import SeparateLoss, SoftmaxSeparateLoss, metrics, separate_loss
-from separate_loss._step import compute
 from separate_loss._triton import backend
 from separate_loss.functional import update_centers
 from tests.helpers.properties import REDUCTIONS, Problem, assert_equal, problems, property_test
@@ -39,17 +39,19 @@ CENTER_LR = 0.5
 
 
 pytestmark = [
-    # Of torch itself: the mode of a test below, and a choice of Inductor's.
+    # Of torch itself: the mode of a test below, choices of the compiler, and the precision of
+    # products, which its releases set by different names.
     pytest.mark.filterwarnings(r"ignore:[\s\S]*debug mode is a prototype:UserWarning"),
-    pytest.mark.filterwarnings(r"ignore:[\s\S]*online softmax:UserWarning"),
+    pytest.mark.filterwarnings(r"ignore:\s*Online\s+softmax:UserWarning"),
+    pytest.mark.filterwarnings(r"ignore:Unable to hit fast path of CUDAGraphs:UserWarning"),
+    pytest.mark.filterwarnings(r"ignore:\s*TensorFloat32 tensor cores:UserWarning"),
+    pytest.mark.filterwarnings(r"ignore:[\s\S]*control TF32:UserWarning"),
 ]
 
 
 @pytest.fixture(autouse=True)
 def _fresh_modes() -> Iterator[None]:
     """No test leaves a mode set for the next, also where it fails."""
-    torch.manual_seed(0)
-    torch._dynamo.reset()
     before = backend.BACKEND
     yield
     backend.BACKEND = before
@@ -130,12 +132,22 @@ def test_triton_kernels_equal_operators_of_a_cpu(
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
-def test_the_trial_passes_with_direct_launches() -> None:
+@pytest.mark.parametrize("form", ["simplex", "paper"])
+def test_auto_takes_the_kernels_once_a_trial_equals_operators(
+    form: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from separate_loss._triton import step  # noqa: PLC0415 - needs Triton
+    from tests.helpers.triton_steps import uses_kernels  # noqa: PLC0415
 
-    backend.works.clear()
-    assert backend.works_on(torch.device(DEVICE, 0), compute)
-    assert step.direct
+    monkeypatch.setattr(step, "direct", True)
+    monkeypatch.setattr(backend, "works", {})
+    criterion = SeparateLoss(3, 4, form=form, device=DEVICE)
+    features = torch.randn(6, 4, device=DEVICE, requires_grad=True)
+    with use_backend("auto"):
+        loss = criterion(features, torch.arange(6, device=DEVICE) % 3)
+    assert backend.works == {torch.device(DEVICE, 0): True}
+    assert uses_kernels(loss)
+    assert step.direct  # otherwise the usual launches passed, which take longer
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
@@ -178,12 +190,16 @@ class Trained:
             for _ in range(4)
         ]
 
-    def step(self, features: Tensor, target: Tensor) -> Tensor:
+    def loss(self, features: Tensor, target: Tensor) -> Tensor:
         loss: Tensor = self.criterion(self.model(features), target)
+        return loss
+
+    def step(self, features: Tensor, target: Tensor) -> Tensor:
+        loss = self.loss(features, target)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return loss.detach()
+        return loss.detach().clone()  # the next step may take its memory
 
     def run(self, step: Callable[[Tensor, Tensor], Tensor] | None = None) -> list[Tensor]:
         losses = torch.stack([(step or self.step)(*batch) for batch in self.batches])
@@ -219,21 +235,57 @@ def test_training_equals_that_on_a_cpu(
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore:Online softmax is disabled:UserWarning")
-def test_steps_reduced_to_cuda_graphs_equal_plain_ones() -> None:
-    """The compiled model's outputs lie in memory that the next step takes."""
+@pytest.mark.parametrize("compiled", ["model", "criterion", "both"])
+def test_steps_reduced_to_cuda_graphs_equal_plain_ones(compiled: str) -> None:
+    """The outputs of compiled code lie in memory that the next step takes."""
     plain, trained = Trained(DEVICE), Trained(DEVICE)
-    expected = plain.run()
-    model = trained.model
-    trained.model = torch.compile(model, mode="reduce-overhead")  # type: ignore[assignment]
-    found = trained.run()
+    expected = [plain.run() for _ in range(2)]
+    if compiled == "model":
+        trained.model.compile(mode="reduce-overhead")
+    elif compiled == "criterion":
+        trained.criterion.compile(mode="reduce-overhead")
+    else:
+        trained.loss = torch.compile(trained.loss, mode="reduce-overhead")  # type: ignore[method-assign]
+
+    def step(features: Tensor, target: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return trained.step(features, target)
+
+    found = [trained.run(step) for _ in range(2)]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    if compiled != "model":
+        return
     plain.criterion.eval()
     trained.criterion.eval()
     for inputs, target in [*trained.batches, *trained.batches]:
         with torch.no_grad():
             value = trained.criterion(trained.model(inputs).float(), target)
             torch.testing.assert_close(value, plain.criterion(plain.model(inputs).float(), target))
+
+
+@pytest.mark.parametrize("form", ["simplex", "paper"])
+@pytest.mark.parametrize("center_update", ["forward", "gradient"])
+def test_a_compiled_loss_reduced_to_cuda_graphs_equals_a_plain_one(
+    center_update: Any, form: Any
+) -> None:
+    options: Any = {"center_update": center_update, "form": form, "dtype": torch.float64}
+    plain = SeparateLoss(5, 8, device=DEVICE, **options)
+    graphed = copy.deepcopy(plain)
+    graphed.compile(mode="reduce-overhead")
+    target = torch.arange(16, device=DEVICE) % 5
+    for _ in range(5):  # the first runs warm up and record
+        features = torch.randn(16, 8, device=DEVICE, dtype=torch.float64)
+        found = []
+        for criterion in (plain, graphed):
+            torch.compiler.cudagraph_mark_step_begin()
+            leaf = features.clone().requires_grad_()
+            criterion.zero_grad()
+            loss = criterion(leaf, target)
+            loss.backward()
+            gradients = leaf.grad, criterion.centers.grad
+            held = [loss, criterion.centers, *(one for one in gradients if one is not None)]
+            found.append([one.detach().clone() for one in held])
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("backend_name", BACKENDS)
