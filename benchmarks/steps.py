@@ -70,8 +70,8 @@ def prepare_training(
         optimizer.zero_grad()
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
             features = body(pictures)
-            loss = sum(criterion(features, target) for criterion in criteria)
-        loss.backward()
+            first, *others = (criterion(features, target) for criterion in criteria)
+        sum(others, first).backward()
         optimizer.step()
 
     return step

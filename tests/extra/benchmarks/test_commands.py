@@ -143,6 +143,21 @@ def test_pages_in_the_documents_are_redrawn_equally(name: str, tmp_path: Path) -
         assert path.read_text() == (SHOWN / path.name).read_text(), path.name
 
 
+def test_the_section_on_gpus_shows_measured_figures_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, stored = tmp_path / "cost.md", SHOWN / "gpu.json"
+    text = (SHOWN.parent / "cost.md").read_text()
+    if not stored.exists():
+        assert "**Not measured since the rewrite.**" in text.split(gpu.BEGIN)[1].split(gpu.END)[0]
+        return
+    monkeypatch.setattr(gpu, "PAGE", page)
+    for path, copied in ((page, text), (tmp_path / stored.name, stored.read_text())):
+        path.write_text(copied)
+    main(["gpu", "--redraw", "--output", str(tmp_path)])
+    assert page.read_text() == text
+
+
 def options(path: Path, **changes: bool) -> Any:
     return type("Options", (), {"output": path, "fresh": False, "redraw": False, **changes})
 
