@@ -116,7 +116,8 @@ def _measure(prepared: Callable[[str], Prepared], device: str, turns: int) -> di
         kernels = [
             event.time_range.elapsed_us()
             for event in profiled.events()
-            if event.device_type.name == device.upper() and not event.is_user_annotation
+            if event.device_type.name == device.upper()
+            and not getattr(event, "is_user_annotation", False)  # such as an optimizer's step
         ]
         found[name] = {
             "steps": len(found[name]["host"]),
