@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from separate_loss import _checks, _features
+from separate_loss import _checks, _features, _watch
 from separate_loss._batch import compute_dtype, mask_ignored
 from separate_loss._checks import dim_of
 from separate_loss._modules import SeparateLoss, Terms
@@ -129,7 +129,7 @@ class SoftmaxSeparateLoss(nn.Module):
         _checks.check_module("head", head)
         self._class_dim_given = class_dim is not None
         if class_dim is None:
-            class_dim = 1 if isinstance((None, *_layers(head))[-1], _features.CONVOLUTIONS) else -1
+            class_dim = 1 if isinstance((None, *_layers(head))[-1], _watch.CONVOLUTIONS) else -1
         _checks.check_choice("class_dim", class_dim, _checks.CLASS_DIMS)
         if separate is not None:
             _checks.check_module("separate", separate)
@@ -147,13 +147,13 @@ class SoftmaxSeparateLoss(nn.Module):
             separate = SeparateLoss(self.num_classes, self.feature_dim, **options)
         self.separate = separate  # type: ignore[assignment]
         self._warned: set[str] = set()
-        self._heads: list[_features.Head] = []
+        self._heads: list[_watch.Head] = []
         self.watch(head)
 
     def watch(self, head: nn.Module) -> None:
         """Accepts logits of `head` too, from its next forward pass on."""
         _checks.check_module("head", head)
-        watched = _features.watch(head, self)
+        watched = _watch.watch(head, self)
         self._heads = list(dict.fromkeys([*self._heads, watched]))
 
     def unwatch(self, head: nn.Module | None = None) -> None:
@@ -162,9 +162,9 @@ class SoftmaxSeparateLoss(nn.Module):
         Removes the hook if no other loss watches: `torch.jit.script` refuses hooks, and a pickle of
         the whole model with one needs this package.
         """
-        left = self._heads if head is None else _features.heads_of(head)
+        left = self._heads if head is None else _watch.heads_of(head)
         for watched in left:
-            _features.leave(watched, id(self), head)
+            _watch.leave(watched, id(self), head)
         self._heads = [watched for watched in self._heads if watched not in left]
 
     def forward(self, logits: Tensor, target: Tensor, *, features: Tensor | None = None) -> Tensor:
@@ -290,7 +290,7 @@ class SoftmaxSeparateLoss(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for watched in self._heads:
-            _features.join(watched, self)
+            _watch.join(watched, self)
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""

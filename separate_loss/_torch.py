@@ -129,8 +129,8 @@ def sizes_of(node: Any, number: int) -> tuple[int, ...]:
 
 
 def version_of(value: Any) -> int | None:
-    """How often a tensor was changed in place; None if it is unknown."""
-    if not isinstance(value, Tensor) or value.is_inference():
+    """How often a tensor was changed in place; None if it is unknown, and in compiled code."""
+    if torch.compiler.is_compiling() or not isinstance(value, Tensor) or value.is_inference():
         return None
     return getattr(value, "_version", None)
 

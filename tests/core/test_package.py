@@ -53,6 +53,7 @@ def test_imports_go_down_only() -> None:
         "_tracing",
         "_checks",
         "_initial",
+        "_watch",
         "_features",
         "_ops",
         "_terms",
