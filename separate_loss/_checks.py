@@ -246,14 +246,18 @@ def check_logits(logits: Tensor, target: Tensor, class_dim: int, num_classes: in
         )
     check_tensor("target", target)
     samples = (*logits.shape[:class_dim], *logits.shape[class_dim + 1 :])
-    expected = logits.shape if target.is_floating_point() else samples
-    if logits.ndim > 2 and target.shape != expected:  # fewer dimensions are for `check_batch`
-        raise ValueError(
-            f"target must have shape {samples} for class indices, or {tuple(logits.shape)} for "
-            f"class probabilities, beside logits of shape {tuple(logits.shape)} with the classes "
-            f"in dimension {class_dim}, got {tuple(target.shape)} of {target.dtype}"
-            f"{_target_hint(target, samples)}"
-        )
+    soft = target.is_floating_point()
+    if logits.ndim > 2:  # For others `check_batch` says more.
+        if target.shape != (logits.shape if soft else samples):
+            raise ValueError(
+                f"target must have shape {samples} for class indices, or {tuple(logits.shape)} for "
+                f"class probabilities, beside logits of shape {tuple(logits.shape)} with the "
+                f"classes in dimension {class_dim}, got {tuple(target.shape)} of {target.dtype}"
+                f"{_target_hint(target, samples)}"
+            )
+        logits = logits.movedim(class_dim, -1)
+        target = target.movedim(class_dim, -1) if soft else target
+    check_batch(logits, target, num_classes, name="logits")
 
 
 def dim_of(class_dim: int, sizes: tuple[int, ...]) -> int:

@@ -2,7 +2,6 @@
 
 import re
 from contextlib import suppress
-from math import prod
 from typing import Any
 
 import torch
@@ -23,11 +22,16 @@ VALUES = {
 REORDERING = {"Permute", "T", "Transpose"}
 VIEWS = REORDERING | {"Alias", "Expand", "ReshapeAlias", "Squeeze", "Unsqueeze", "View"}
 IN_ORDER = VALUES | VIEWS | {"Clone", "ToCopy", "UnsafeView"}
-SELECTING = {"Index", "IndexSelect", "MaskedSelect", "Select", "Slice", "Split", "Unbind"}
 # fmt: on
 # Of DistributedDataParallel and backward hooks: each output is the input of the same number.
 PASSING = {"_DDPSinkBackward", "BackwardHookFunctionBackward"}
-
+HINTS = dict.fromkeys(
+    ("Index", "IndexSelect", "MaskedSelect", "Select", "Slice", "Split", "Unbind"),
+    "To leave samples out, keep all logits and set their labels to ignore_index.\n",
+) | {
+    "GatherBackward": "The model runs in torch.nn.DataParallel, whose replicas each see a part of "
+    "the batch; use torch.nn.parallel.DistributedDataParallel.\n"
+}
 NO_PASS = (
     "no forward pass of the watched head has led to logits; call watch(head) with the head that "
     "runs (a copied or unpickled loss needs that, unless its head was copied with it)"
@@ -68,8 +72,6 @@ def _find(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
                 note(new, output)
     way = _without_graph if logits.grad_fn is None else _by_graph
     noted, dim, changed_by = way(logits, class_dim, heads)
-    if dim not in (1, logits.ndim - 1):
-        raise _refused(f"logits have the classes in dimension {dim}, not in 1 or the last")
     return _checked(noted), dim, changed_by
 
 
@@ -95,7 +97,7 @@ def _by_graph(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
         return *_by_values(logits, class_dim, [*passes.values()])[:2], changed_by
     noted = passes[number]
     place = dim_of(class_dim, noted.sizes)
-    dim = _dim_after(operators, noted.sizes, place)
+    dim = _dim_after(operators, logits, class_dim, noted.sizes)
     output = None if noted.output is None else noted.output()
     if all(_kind(operator) in VIEWS for operator, _ in operators):
         _check_output(noted, logits, dim, place)
@@ -143,32 +145,30 @@ def _walk(logits: Tensor, heads: list[Head]) -> tuple[Step, list[Step]]:
     operators = [step for step in chain[1:] if step[0].name() not in PASSING]
     for node, _ in operators:
         if _kind(node) not in IN_ORDER:
-            raise _stands_between(node)
+            reason = f"operator {_name(node)!r} stands between the head's output and logits"
+            raise _refused(reason, node)
     return found[0], operators
 
 
-def _stands_between(node: Any) -> RuntimeError:
-    return _refused(f"operator {_name(node)!r} stands between the head's output and logits", node)
-
-
-def _dim_after(operators: list[Step], sizes: tuple[int, ...], dim: int) -> int:
-    """The class dimension after operators that keep the samples in order."""
-    for node, number in operators:
-        after, samples = _torch.sizes_of(node, number), prod(sizes[:dim])
-        if _kind(node) in REORDERING:
-            # Its backward pass puts a tensor back in order, here one with dimensions as strides.
-            order = node(torch.empty_strided(after, [*range(len(after))], device="meta")).stride()
-            others = [order[other] for other, size in enumerate(sizes) if other != dim and size > 1]
-            places = [order[dim]] * (others == sorted(others))
-        elif after == sizes:
-            places = [dim]
-        else:
-            places = [at for at in range(len(after)) if prod(after[:at]) == samples]
-            places = [at for at in places if after[at] == sizes[dim]]
-        if not places or prod(after) != prod(sizes):
-            raise _stands_between(node)
-        dim, sizes = places[-1], after
-    return dim
+def _dim_after(
+    operators: list[Step], logits: Tensor, class_dim: int, sizes: tuple[int, ...]
+) -> int:
+    """The class dimension, 1 or the last, if the operators after an output kept the samples."""
+    place = dim_of(class_dim, sizes)
+    for dim in sorted(dims_of(logits.shape), reverse=class_dim == -1):
+        # A view with the classes outermost in memory goes back through the operators.
+        samples = [*logits.shape[:dim], *logits.shape[dim + 1 :]]
+        view = torch.empty(sizes[place], *samples, device="meta").movedim(0, dim)
+        with suppress(RuntimeError):  # Samples were mixed, so that there is no such view.
+            for node, number in reversed(operators):
+                view = view.view(_torch.sizes_of(node, number))
+                view = node(view) if _kind(node) in REORDERING else view
+            if view.view(sizes).movedim(place, 0).is_contiguous():
+                return dim
+    names = ", ".join(repr(_name(node)) for node, _ in operators)
+    raise _refused(
+        f"operators {names} moved samples, or classes to other dimensions than 1 and the last"
+    )
 
 
 def _without_graph(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
@@ -238,14 +238,7 @@ def _name(node: Any) -> str:
 
 
 def _refused(reason: str, node: Any = None) -> RuntimeError:
-    hint = ""
-    if node is not None and node.name() == "GatherBackward":
-        hint = (
-            "The model runs in torch.nn.DataParallel, whose replicas each see a part of the "
-            "batch; use torch.nn.parallel.DistributedDataParallel.\n"
-        )
-    elif node is not None and _kind(node) in SELECTING:
-        hint = "To leave samples out, keep all logits and set their labels to ignore_index.\n"
+    hint = "" if node is None else HINTS.get(_kind(node), "")
     return RuntimeError(
         f"{reason}; logits must hold the output of one forward pass of the watched head, sample by "
         f"sample in the same order\n{hint}If you have the features of each sample, pass them:\n"

@@ -128,8 +128,10 @@ class SoftmaxSeparateLoss(nn.Module):
         super().__init__()
         _checks.check_module("head", head)
         self._class_dim_given = class_dim is not None
+        # Linear and convolutional layers, and other modules with the same size attributes.
+        layers = [module for module in head.modules() if _size(module, "out") is not None]
         if class_dim is None:
-            class_dim = 1 if isinstance((None, *_layers(head))[-1], _watch.CONVOLUTIONS) else -1
+            class_dim = 1 if layers and isinstance(layers[-1], _watch.CONVOLUTIONS) else -1
         _checks.check_choice("class_dim", class_dim, _checks.CLASS_DIMS)
         if separate is not None:
             _checks.check_module("separate", separate)
@@ -138,8 +140,8 @@ class SoftmaxSeparateLoss(nn.Module):
                 raise TypeError(f"separate is a ready loss, so {given} must be given to it instead")
         self.separate_weight = _checks.check_nonnegative("separate_weight", separate_weight)
         self.class_dim = class_dim
-        self.num_classes = _size_of("num_classes", num_classes, head, separate)
-        self.feature_dim = _size_of("feature_dim", feature_dim, head, separate)
+        self.num_classes = _size_of("num_classes", num_classes, layers, separate)
+        self.feature_dim = _size_of("feature_dim", feature_dim, layers, separate)
         self.last_terms: SoftmaxSeparateTerms | None = None
         if separate is None:
             if options.get("device") is None:
@@ -206,64 +208,62 @@ class SoftmaxSeparateLoss(nn.Module):
             recorded = noted.recorded and not (noted.requires_grad and logits.is_leaf)
         else:
             _checks.check_vectors("features", features)
-            dim, feature_dim = self._dims_of(logits, target, features)
-            modules = [watched.module() for watched in self._heads if watched.module is not None]
-            moving = all(module.training for module in modules if module is not None)
+            dim = self._dim_of("logits", logits, self.num_classes, target)
+            feature_dim = self._dim_of("features", features, self.feature_dim)
+            fits = features.numel() * self.num_classes == logits.numel() * self.feature_dim
+            if not fits or features.shape[feature_dim] != self.feature_dim:
+                raise ValueError(
+                    f"features must hold {self.feature_dim} values for each of the samples of "
+                    f"logits of shape {tuple(logits.shape)}, got shape {tuple(features.shape)}"
+                )
+            moving = all(getattr(head.module(), "training", True) for head in self._heads)
         _checks.check_logits(logits, target, dim, self.num_classes)
-        rows = _rows_last(logits, dim)
-        if target.is_floating_point() and target.ndim == logits.ndim:
-            target = _rows_last(target, dim)
-        _checks.check_batch(rows, target, self.num_classes, name="logits")
-        samples, features = rows.shape[:-1], _rows_last(features, feature_dim)
-        if rows.ndim != 2:
-            rows = rows.reshape(-1, self.num_classes)
-            target = target.reshape(-1, *[self.num_classes] * target.is_floating_point())
-        if features.shape[:-1] != rows.shape[:-1]:
-            features = features.reshape(-1, self.feature_dim)
+        rows, features = _rows(logits, dim), _rows(features, feature_dim)
+        target = _rows(target, dim) if target.is_floating_point() else target.flatten()
         softmax = _softmax_loss(rows, target, separate)
-        if recorded:
-            self._warn(logits, features, noted, changed_by)
+        warns = recorded and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        for text in self._warnings(logits, features, noted, changed_by) if warns else ():
+            warnings.warn(text, stacklevel=5)
         moving = moving and recorded and separate.training and torch.is_grad_enabled()
-        # Last, so that invalid input does not move the centers.
-        with nullcontext() if recorded else torch.no_grad():
-            loss = _call(separate, moving, features, target)
+        modes = [] if moving else [(module, module.training) for module in separate.modules()]
+        try:
+            for module, _ in modes:
+                module.training = False
+            # Last, so that invalid input does not move the centers.
+            with nullcontext() if recorded else torch.no_grad():
+                loss: Tensor = separate(features, target)
+        finally:
+            for module, mode in modes:
+                module.training = mode
         if noted is not None and moving:
             noted.moved.add(id(self))
         terms, mean = getattr(separate, "last_terms", None), softmax.detach()
         mean = mean.mean() if mean.ndim else mean
         self.last_terms = SoftmaxSeparateTerms(mean, *terms) if isinstance(terms, Terms) else None
-        loss = softmax + self.separate_weight * loss
-        return loss.reshape(samples) if loss.ndim else loss
+        weight = self.separate_weight
+        loss = softmax + (loss if weight == 1 else weight * loss)
+        return loss.reshape(logits.select(dim, 0).shape) if loss.ndim else loss
 
-    def _dims_of(self, logits: Tensor, target: Tensor, features: Tensor) -> tuple[int, int]:
-        """The dimensions of the classes in logits and of d in features that were given."""
-        found, fits = [], features.numel() * self.num_classes == logits.numel() * self.feature_dim
-        for name, of in (("logits", logits), ("features", features)):
-            size = self.num_classes if of is logits else self.feature_dim
-            dims = [dim for dim in _checks.dims_of(of.shape) if of.shape[dim] == size]
-            if of is logits and not target.is_floating_point():
-                shape = list(target.shape)
-                dims = [dim for dim in dims if [*shape[:dim], size, *shape[dim:]] == [*of.shape]]
-            if of is features and not (dims and fits):
-                raise ValueError(
-                    f"features must hold {size} values for each of the samples of logits of shape "
-                    f"{tuple(logits.shape)}, got shape {tuple(features.shape)}"
-                )
-            if len(dims) > 1 and not self._class_dim_given:
-                raise ValueError(
-                    f"{name} of shape {tuple(of.shape)} fit with the classes in dimension 1 and in "
-                    "the last; pass class_dim to SoftmaxSeparateLoss"
-                )
-            dim = dim_of(self.class_dim, of.shape)
-            found.append(dims[0] if dims and dim not in dims else dim)
-        return found[0], found[1]
+    def _dim_of(self, name: str, of: Tensor, size: int, target: Tensor | None = None) -> int:
+        """The dimension of classes or features where the features were given."""
+        dims = [dim for dim in _checks.dims_of(of.shape) if of.shape[dim] == size]
+        if target is not None and not target.is_floating_point():
+            dims = [dim for dim in dims if of.select(dim, 0).shape == target.shape]
+        if len(dims) > 1 and not self._class_dim_given:
+            raise ValueError(
+                f"{name} of shape {tuple(of.shape)} fit with the classes in dimension 1 and in "
+                "the last; pass class_dim to SoftmaxSeparateLoss"
+            )
+        dim = dim_of(self.class_dim, of.shape)
+        return dim if dim in dims or not dims else dims[0]
 
-    def _warn(self, logits: Tensor, features: Tensor, noted: Any, changed_by: str | None) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return
+    def _warnings(
+        self, logits: Tensor, features: Tensor, noted: Any, changed_by: str | None
+    ) -> list[str]:
+        """What a call in training warns of, once."""
         texts, separate = [], self.separate
-        moves = getattr(separate, "center_update", "none") not in ("gradient", "none")
-        if noted is not None and not noted.training and separate.training and moves:
+        moves = separate.training and getattr(separate, "center_update", "none") == "forward"
+        if moves and noted is not None and not noted.training:
             texts.append(
                 "the head ran in evaluation mode with gradients on, so the centers do not move; "
                 "to validate, use torch.no_grad() and criterion.eval(); to train a model in "
@@ -283,9 +283,9 @@ class SoftmaxSeparateLoss(nn.Module):
                 f"module that returns them, such as torch.nn.Sequential({module}(...), ...), or "
                 "pass features there"
             )
-        for text in set(texts) - self._warned:
-            self._warned.add(text)
-            warnings.warn(text, stacklevel=6)
+        new = [text for text in texts if text not in self._warned]
+        self._warned.update(new)
+        return new
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -300,26 +300,11 @@ class SoftmaxSeparateLoss(nn.Module):
         )
 
 
-def _rows_last(tensor: Tensor, dim: int) -> Tensor:
-    return tensor if dim == tensor.ndim - 1 else tensor.movedim(dim, -1)
-
-
-def _call(separate: nn.Module, moving: bool, features: Tensor, target: Tensor) -> Tensor:
-    """Calls a loss, in training mode only if its centers may move."""
-    modes = [] if moving else [(one, one.training) for one in separate.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        loss: Tensor = separate(features, target)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    return loss
-
-
-def _layers(head: nn.Module) -> list[nn.Module]:
-    """Linear and convolutional layers, and other modules with the same size attributes."""
-    return [module for module in head.modules() if _size(module, "out") is not None]
+def _rows(tensor: Tensor, dim: int) -> Tensor:
+    """A tensor with `dim` last and the others in one."""
+    if dim != tensor.ndim - 1:
+        tensor = tensor.movedim(dim, -1)
+    return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _size(layer: nn.Module, side: str) -> int | None:
@@ -327,35 +312,33 @@ def _size(layer: nn.Module, side: str) -> int | None:
     return next((size for size in sizes if isinstance(size, int) and size > 0), None)
 
 
-def _size_of(name: str, given: int | None, head: nn.Module, separate: nn.Module | None) -> int:
+def _size_of(
+    name: str, given: int | None, layers: list[nn.Module], separate: nn.Module | None
+) -> int:
     """The argument, else the size of a ready loss, else that of the head's layers."""
-    layers, ready = _layers(head), getattr(separate, name, None)
-    found = None
-    if layers:
-        found = _size(layers[-1], "out") if name == "num_classes" else _size(layers[0], "in")
-    if name == "num_classes" and found == 1:
+    place, side = (-1, "out") if name == "num_classes" else (0, "in")
+    found = _size(layers[place], side) if layers else None
+    if side == "out" and found == 1:
         _checks.check_int(name, found, least=2)
-    for source, size in ((name, given), (f"separate.{name}", ready)):
+    sizes = {name: given, f"separate.{name}": getattr(separate, name, None), "the head": found}
+    for source, size in sizes.items():
         # With several layers, the argument may name another one.
-        if size is not None and found not in (None, size) and len(layers) == 1:
+        if None not in (size, found) and size != found and len(layers) == 1:
             raise ValueError(f"{source} must be {found}, as in the head, or None, got {size}")
-    size = next((size for size in (given, ready, found) if size is not None), None)
+    size = next((size for size in sizes.values() if size is not None), None)
     if size is None:
         raise ValueError(
-            f"{name} must be given: head {type(head).__name__} has no layer that defines it; "
-            "a lazy layer defines it after its first batch"
+            f"{name} must be given, as no layer of the head defines it; a lazy layer defines it "
+            "after its first batch"
         )
     return size
 
 
 def _softmax_loss(logits: Tensor, target: Tensor, separate: nn.Module) -> Tensor:
     """Softmax loss of logits `(N, C)`, in float32 or wider."""
-    logits = logits.to(compute_dtype(logits))
-    weight, ignore_index = (
-        getattr(separate, "weight", None),
-        getattr(separate, "ignore_index", -100),
-    )
-    soft = target.is_floating_point()
+    logits, soft = logits.to(compute_dtype(logits)), target.is_floating_point()
+    weight = getattr(separate, "weight", None)
+    ignore_index = getattr(separate, "ignore_index", -100)
     try:
         return nn.functional.cross_entropy(
             logits,
