@@ -9,7 +9,7 @@ from torch import Tensor
 
 from separate_loss import _torch
 from separate_loss._checks import dim_of, dims_of
-from separate_loss._watch import MAX_FEATURES, MAX_VALUES, ForwardPass, Head, layout_of, note
+from separate_loss._watch import MAX_FEATURES, MAX_VALUES, ForwardPass, Head, note
 
 # Operators that keep samples in order, by the names of their autograd nodes: Add for AddBackward0.
 # fmt: off
@@ -96,13 +96,12 @@ def _by_graph(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
     if number not in passes:  # Compiled code returned something else too, such as a cast.
         return *_by_values(logits, class_dim, [*passes.values()])[:2], changed_by
     noted = passes[number]
-    place = dim_of(class_dim, noted.sizes)
     dim = _dim_after(operators, logits, class_dim, noted.sizes)
     output = None if noted.output is None else noted.output()
     if all(_kind(operator) in VIEWS for operator, _ in operators):
-        _check_output(noted, logits, dim, place)
+        _check_output(noted, logits, dim, class_dim)
     elif output is not None and output.grad_fn is node:
-        _check_output(noted, output, place, place)
+        _check_output(noted, output, dim_of(class_dim, noted.sizes), class_dim)
     return noted, dim, changed_by
 
 
@@ -127,13 +126,11 @@ def _walk(logits: Tensor, heads: list[Head]) -> tuple[Step, list[Step]]:
             if branch not in users and branch[0] is not None:
                 steps.append(branch)
             users.setdefault(branch, {})[step] = None
+    if not found and ForwardPass in others:
+        raise _refused(NO_PASS.replace("no forward pass of the watched head", "another head"))
     if not found:
-        reason = NO_PASS
-        if ForwardPass in others:
-            reason = NO_PASS.replace("no forward pass of the watched head", "another head")
-        elif "CheckpointFunctionBackward" in others:
-            reason += "; a head in torch.utils.checkpoint needs use_reentrant=False"
-        raise _refused(reason)
+        reentrant = "; a head in torch.utils.checkpoint needs use_reentrant=False"
+        raise _refused(NO_PASS + reentrant * ("CheckpointFunctionBackward" in others))
     chain = [found[0]]
     while chain[-1] != steps[0]:
         step, *more = users[chain[-1]]
@@ -175,22 +172,17 @@ def _without_graph(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
     notes, start = _torch.memory_of(logits) or {}, logits.storage_offset()
     here = [notes[head, start] for head in heads if (head, start) in notes]
     passes = [noted for way, _ in here if (noted := way())]
-    if passes and here[0][1] == layout_of(logits):
-        place = dim_of(class_dim, passes[0].sizes)
-        _check_output(passes[0], logits, place, place)
-        return passes[0], place, None
+    if passes and here[0][1] == (logits.shape, logits.stride(), logits.dtype):
+        dim = dim_of(class_dim, logits.shape)
+        _check_output(passes[0], logits, dim, class_dim)
+        return passes[0], dim, None
     latest = [noted for head in heads for noted in reversed(head.latest) if noted]
     return _by_values(logits, class_dim, passes or latest)
 
 
 def _by_values(logits: Tensor, class_dim: int, passes: list[ForwardPass]) -> Found:
     """The pass whose output has the values of logits, perhaps cast to another type."""
-    fits = [
-        (one, dim)
-        for one in passes
-        for dim in dims_of(logits.shape)
-        if one.values is not None and _has_values(one, logits, dim, dim_of(class_dim, one.sizes))
-    ]
+    fits = [(one, dim) for one in passes for dim in _dims_with_values(one, logits, class_dim)]
     if not fits:
         recent = "logits without a graph must be a recent output of the head, a view of one, or a "
         raise _refused(f"{recent}cast of one of the latest {MAX_VALUES}" if passes else NO_PASS)
@@ -202,25 +194,26 @@ def _by_values(logits: Tensor, class_dim: int, passes: list[ForwardPass]) -> Fou
     return noted, dim, None
 
 
-def _check_output(noted: ForwardPass, tensor: Tensor, dim: int, place: int) -> None:
+def _check_output(noted: ForwardPass, tensor: Tensor, dim: int, class_dim: int) -> None:
     """Refuses an output, or a view of it, that was changed in place."""
-    if noted.output_version is not None:
-        same = noted.output_version == _torch.version_of(tensor)
-    else:  # compiled, or in inference mode
-        same = noted.values is None or _has_values(noted, tensor, dim, place)
+    same = noted.output_version == _torch.version_of(tensor)
+    if noted.output_version is None:  # compiled, or in inference mode
+        same = noted.values is None or dim in _dims_with_values(noted, tensor, class_dim)
     if not same:
         raise _refused("logits were changed in place after the head had returned them")
 
 
-def _has_values(noted: ForwardPass, tensor: Tensor, dim: int, place: int) -> bool:
-    """Whether a tensor with the classes in `dim` has the rows of an output with them in `place`."""
-    values: Any = noted.values
-    return _equal(tensor.movedim(dim, -1), values.movedim(place, -1))
+def _dims_with_values(noted: ForwardPass, tensor: Tensor, class_dim: int) -> list[int]:
+    """The dimensions of a tensor that, taken for the classes, give the rows of an output."""
+    if noted.values is None:
+        return []
+    rows = noted.values.movedim(dim_of(class_dim, noted.sizes), -1)
+    return [dim for dim in dims_of(tensor.shape) if _equal(tensor.movedim(dim, -1), rows)]
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    of_one, of_other = ((of.device, of.numel(), of.shape[-1]) for of in (one, other))
-    if of_one != of_other:
+    sizes = [(of.device, of.numel(), of.shape[-1]) for of in (one, other)]
+    if sizes[0] != sizes[1]:
         return False
     other = other.detach().to(one.dtype).reshape(one.shape)
     return torch.allclose(one.detach(), other, rtol=0, atol=0, equal_nan=True)

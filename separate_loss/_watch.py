@@ -67,7 +67,7 @@ def watch(module: nn.Module, loss: nn.Module) -> Head:
     head = next(iter(heads_of(module)), None)
     if head is None:
         head = Head(_class_dim_of(module))
-        if not _is_layer(module):
+        if head.class_dim is None or isinstance(module, nn.Sequential):  # else it is a layer
             module.register_forward_pre_hook(partial(keep, head), with_kwargs=True)
         module.register_forward_hook(partial(record, head), with_kwargs=True)
         _torch.show_hooks(module, True)
@@ -106,21 +106,16 @@ def _head_of(hook: Any) -> Head | None:
     return hook.args[0] if getattr(hook, "func", None) in (keep, record) else None
 
 
-def _is_layer(module: nn.Module) -> bool:
-    """Whether a module is a linear layer or convolution, which change no input in place."""
-    layers = (nn.Linear, *CONVOLUTIONS)
-    return any(isinstance(module, t) and type(module).forward is t.forward for t in layers)
-
-
 def _class_dim_of(module: nn.Module) -> int | None:
     """The class dimension of layers, and of sequences of them and plain modules; else None."""
-    if _is_layer(module):
-        return 1 if isinstance(module, CONVOLUTIONS) else -1
+    for layer in (nn.Linear, *CONVOLUTIONS):
+        if isinstance(module, layer) and type(module).forward is layer.forward:
+            return -1 if layer is nn.Linear else 1
     dims = set()
-    for layer in module if type(module) is nn.Sequential else ():
-        package, _, file = type(layer).__module__.rpartition(".")
+    for part in module if type(module) is nn.Sequential else ():
+        package, _, file = type(part).__module__.rpartition(".")
         plain = package == "torch.nn.modules" and file in PLAIN
-        dims.update([] if plain or type(layer) is nn.Identity else [_class_dim_of(layer)])
+        dims.update([] if plain or type(part) is nn.Identity else [_class_dim_of(part)])
     return dims.pop() if len(dims) == 1 else None
 
 
@@ -216,9 +211,5 @@ def note(noted: ForwardPass, output: Tensor) -> None:
         # Without a graph the memory owns the pass, but not one whose features it holds.
         owned = node is None and not _same_memory(noted.features, output)
         way = (lambda: noted) if owned else reference
-        memory[head, output.storage_offset()] = way, layout_of(output)
-
-
-def layout_of(tensor: Tensor) -> tuple[Any, ...]:
-    """What views of the same memory may differ in, apart from where they start."""
-    return tensor.shape, tensor.stride(), tensor.dtype
+        layout = output.shape, output.stride(), output.dtype
+        memory[head, output.storage_offset()] = way, layout
