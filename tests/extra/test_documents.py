@@ -1,5 +1,6 @@
 """Documents: code runs, links and figures are right, and every public name has an example."""
 
+import ast
 import doctest
 import inspect
 import re
@@ -101,6 +102,31 @@ def test_tables_of_the_study_are_copied_unchanged(name: str, count: int) -> None
     assert len(tables) == count
     for table in tables:
         assert table in measured
+
+
+def literals(node: ast.AST) -> str:
+    """The text of a string in source code, with "..." for its values."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(literals(part) for part in node.values)
+    return "..."
+
+
+def test_messages_of_the_guide_are_those_of_the_package() -> None:
+    texts = [
+        literals(node)
+        for path in Path(separate_loss.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Constant, ast.JoinedStr))
+    ]
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    section = guide.split("Messages, as they are:")[1].split("\n## ")[0]
+    quoted = re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
+    assert len(quoted) > 15
+    for message in quoted:
+        pattern = ".*".join(map(re.escape, message.split("...")))
+        assert any(re.search(pattern, text) for text in texts), message
 
 
 def test_copied_costs_are_those_that_were_measured() -> None:
