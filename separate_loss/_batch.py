@@ -1,6 +1,6 @@
 """The arguments of a step, checked and prepared: one type, and samples in one dimension."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from separate_loss._checks import (
 )
 from separate_loss._torch import assert_on_device, in_compiled_transform, under_vmap
 from separate_loss._tracing import has_values
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Options(NamedTuple):
@@ -47,15 +50,13 @@ class Batch(NamedTuple):
     sample_weight: Tensor | None  # (N,): 0 for ignored samples
     centers: Tensor  # (C, d)
     options: Options  # with class weights of the type of the centers
+    group: "ProcessGroup | None" = None  # the processes whose samples update the centers
 
 
 def check_arguments(
-    features: Tensor,
-    target: Tensor,
-    centers: Tensor,
-    options: Options,
+    features: Tensor, target: Tensor, centers: Tensor, options: Options,
     num_classes: int | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Validates the arguments; pass `num_classes` if `centers` is one shard."""
     options.check()
     if num_classes is None:
@@ -66,12 +67,9 @@ def check_arguments(
 
 
 def prepare_batch(
-    features: Tensor,
-    target: Tensor,
-    centers: Tensor,
-    options: Options,
-    num_classes: int | None = None,
-) -> Batch:
+    features: Tensor, target: Tensor, centers: Tensor, options: Options,
+    num_classes: int | None = None, group: "ProcessGroup | None" = None,
+) -> Batch:  # fmt: skip
     """Converts validated arguments; pass `num_classes` if `centers` is one shard."""
     num_classes = len(centers) if num_classes is None else num_classes
     dtype = compute_dtype(features, centers)
@@ -97,7 +95,7 @@ def prepare_batch(
     # Not by _replace, which the compiler of torch 2.6 does not trace.
     form, _, ignore_index, reduction, _ = options
     options = Options(form, weight, ignore_index, reduction, smoothing)
-    return Batch(features, target, valid, sample_weight, centers.to(dtype), options)
+    return Batch(features, target, valid, sample_weight, centers.to(dtype), options, group)
 
 
 def mask_ignored(
@@ -108,30 +106,23 @@ def mask_ignored(
     The mask is None if no sample is ignored and the values show it. A label outside [0, C) raises
     IndexError where its value can be read at once. Elsewhere an assertion on the device fails.
     """
-    target = target.long()
-    if not has_values(target):
-        mask = target != ignore_index
-        target = target.where(mask, 0)
-        batched = in_compiled_transform() if torch.compiler.is_compiling() else under_vmap(target)
-        if not batched:  # an assertion has no batched form
-            assert_on_device(
-                ((target >= 0) & (target < num_classes)).all(),
-                f"target must hold class indices in [0, {num_classes}) or ignore_index",
-            )
-        return target, mask
-    if target.numel() == 0:
-        return target, None
-    lowest, highest = (bound.item() for bound in target.aminmax())
-    if lowest >= 0 and highest < num_classes and not lowest <= ignore_index <= highest:
-        return target, None
+    target, readable = target.long(), has_values(target)
+    if readable:
+        if target.numel() == 0:
+            return target, None
+        lowest, highest = (bound.item() for bound in target.aminmax())
+        if lowest >= 0 and highest < num_classes and not lowest <= ignore_index <= highest:
+            return target, None
     mask = target != ignore_index
     target = target.where(mask, 0)
-    wrong = target[(target < 0) | (target >= num_classes)]
-    if wrong.numel():
-        raise IndexError(
-            f"target must hold class indices in [0, {num_classes}) or ignore_index "
-            f"({ignore_index}), got {int(wrong[0])}"
-        )
+    inside = (target >= 0) & (target < num_classes)
+    message = f"target must hold class indices in [0, {num_classes}) or ignore_index"
+    if readable:
+        wrong = target[~inside]
+        if wrong.numel():
+            raise IndexError(f"{message} ({ignore_index}), got {int(wrong[0])}")
+    elif not (in_compiled_transform() if torch.compiler.is_compiling() else under_vmap(target)):
+        assert_on_device(inside.all(), message)  # which has no batched form
     return target, mask
 
 
@@ -139,6 +130,6 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The widest type of the tensors, float32 or wider."""
     dtype = torch.float32
     for tensor in tensors:
-        if tensor.dtype != dtype:
+        if tensor.dtype != dtype:  # `promote_types` is an operator
             dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype

@@ -25,12 +25,21 @@ class CenterStatistics(NamedTuple):
 
     def unit_rows(self, centers: Tensor, rows: slice | Tensor) -> Tensor:
         """Some of the unit centers, by a slice or by class indices."""
-        whole, norms = centers if self.units is None else self.units, self.norms
-        if isinstance(rows, Tensor):
-            whole, norms = whole.index_select(0, rows), norms.index_select(0, rows)
-        else:
-            whole, norms = whole[rows], norms[rows]
-        return whole / norms.unsqueeze(-1) if self.units is None else whole
+        if self.units is not None:
+            return _take(self.units, rows)
+        return _take(centers, rows) / _take(self.norms, rows).unsqueeze(-1)
+
+    def weighted_sum(
+        self, weights: Tensor, centers: Tensor, class_weight: Tensor | None = None
+    ) -> Tensor:
+        """The product of weights (*, C) and the unit centers (C, d) times their class weights."""
+        parts = []
+        for rows in self.blocks(centers):
+            units = self.unit_rows(centers, rows)
+            if class_weight is not None:
+                units = units * class_weight[rows].unsqueeze(-1)
+            parts.append(weights[..., rows] @ units)
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
     def blocks(self, centers: Tensor) -> list[slice]:
         """Slices of rows to work on one after the other."""
@@ -38,8 +47,11 @@ class CenterStatistics(NamedTuple):
 
     def may_hold_zeros(self) -> bool:
         """Whether a center may count as zero."""
-        norms = self.norms
-        return not (has_values(norms) and self.num_centers == self.num_classes)
+        return not (has_values(self.norms) and self.num_centers == self.num_classes)
+
+
+def _take(tensor: Tensor, rows: slice | Tensor) -> Tensor:
+    return tensor.index_select(0, rows) if isinstance(rows, Tensor) else tensor[rows]
 
 
 def read_centers(
@@ -74,19 +86,6 @@ def read_centers(
     return CenterStatistics(norms, whole, center_sum, gram, num_centers, num_classes)
 
 
-def weighted_units(
-    weights: Tensor, centers: Tensor, statistics: CenterStatistics, class_weight: Tensor | None
-) -> Tensor:
-    """The product of weights (*, C) and the unit centers (C, d) times their class weights."""
-    parts = []
-    for rows in statistics.blocks(centers):
-        units = statistics.unit_rows(centers, rows)
-        if class_weight is not None:
-            units = units * class_weight[rows].unsqueeze(-1)
-        parts.append(weights[..., rows] @ units)
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-
-
 class Push(NamedTuple):
     """Half the gradient of L_inter for unit centers, times a factor (Eq. 7).
 
@@ -115,12 +114,9 @@ def read_push(statistics: CenterStatistics, factor: Number) -> Push:
 
 
 def centers_gradient(
-    centers: Tensor,
-    statistics: CenterStatistics,
-    sums: Tensor,
-    inter_grad: Number,
+    centers: Tensor, statistics: CenterStatistics, sums: Tensor, inter_grad: Number,
     index: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The gradient of the loss for the centers (C, d).
 
     `inter_grad` is that for L_inter, and `sums` (K, d) that of L_intra for the unit centers: of the
@@ -135,66 +131,43 @@ def centers_gradient(
             torch.addcmul(push.vector, centers[rows], along, value=-1, out=part)
         else:
             units = statistics.unit_rows(centers, rows)
-            part = part.copy_(push.of(units)) if index is not None else part.add_(push.of(units))
-            tangent(part, units, out=part)
-            del units  # before those of the next block
+            pushed = push.of(units) if index is not None else part.add_(push.of(units))
+            tangent(pushed, units, out=part)
         part.div_(norms)
-    if index is not None:
-        norms = statistics.norms.index_select(0, index).unsqueeze(-1)
-        whole.index_add_(0, index, tangent(sums, statistics.unit_rows(centers, index)) / norms)
-    return whole
+    if index is None:
+        return whole
+    norms = statistics.norms.index_select(0, index).unsqueeze(-1)
+    return whole.index_add_(0, index, tangent(sums, statistics.unit_rows(centers, index)) / norms)
 
 
 def update_centers_(
-    centers: Tensor,
-    statistics: CenterStatistics,
-    sums: Tensor,
-    counts: Tensor,
-    index: Tensor | None = None,
-    *,
-    center_lr: float | None,
-    num_samples: Number | None = None,
+    centers: Tensor, statistics: CenterStatistics, sums: Tensor, counts: Tensor,
+    index: Tensor | None = None, *, center_lr: float | None, num_samples: Number | None = None,
     start_zeros: bool = False,
-) -> None:
-    """Applies Eq. 6 to 8, in place.
+) -> None:  # fmt: skip
+    """Applies Eq. 6 to 8 to centers (C, d), or to one shard of them, in place.
 
-    Args:
-        centers: (C, d), or one shard of them.
-        statistics: of the centers before the update.
-        sums: sums of unit features, each over samples of one class, (K, d).
-        counts: the numbers of samples in these sums, (K,).
-        index: the center that each sum belongs to, (K,), which may repeat; None: sum k belongs to
-            center k.
-        center_lr: alpha; None takes `CENTER_LR_PER_SAMPLE`.
-        num_samples: m; None takes the sum of the counts.
-        start_zeros: puts a zero center at the direction of its sum.
+    `sums` (K, d) are sums of unit features, each over the samples of one class, and `counts` (K,)
+    the numbers of these samples: for the centers `index` (K,), which may repeat; None: for all
+    centers. `statistics` are those before the update, `center_lr` is alpha, and `num_samples` m;
+    None takes `CENTER_LR_PER_SAMPLE` and the sum of the counts. `start_zeros` puts a zero center
+    at the direction of its sum.
     """
     m = counts.sum() if num_samples is None else num_samples
     if isinstance(m, Tensor):
         m = m.item() or 1.0 if has_values(m) else m.masked_fill(m == 0, 1)
     rate = _center_lr(center_lr, m, statistics)
+    if index is not None:
+        counts = counts.new_zeros(len(centers)).index_add(0, index, counts)
+    weight, push = (1 + counts).reciprocal() * (rate / (2 * m)), read_push(statistics, -rate)
     start_zeros = start_zeros and statistics.may_hold_zeros()
-    if index is None:
-        weight = (1 + counts).reciprocal() * (rate / (2 * m))
-        _update_all_(centers, statistics, sums, weight, rate, start_zeros)
-    else:
-        class_counts = counts.new_zeros(len(centers)).index_add(0, index, counts)
-        weight = (1 + class_counts).reciprocal() * (rate / (2 * m))
-        _update_rows_(centers, statistics, sums, weight, rate, start_zeros, index)
-
-
-def _update_all_(
-    centers: Tensor, statistics: CenterStatistics, sums: Tensor, weight: Tensor, rate: Number,
-    start_zeros: bool,
-) -> None:  # fmt: skip
-    """Eq. 8 with a sum for each center.
-
-    One expression, because the compiler's C++ code generator fails on several in-place operators.
-    """
-    push = read_push(statistics, -rate)
+    if index is not None:
+        _update_rows_(centers, statistics, sums, weight, push, start_zeros, index)
+        return
     for rows in statistics.blocks(centers):
         units, norms = statistics.unit_rows(centers, rows), statistics.norms[rows].unsqueeze(-1)
         step = torch.addcmul(push.of(units), sums[rows], weight[rows].unsqueeze(-1))
+        # One expression: the compiler's C++ code generator fails on several in-place operators.
         moved = centers[rows] + tangent(step, units) / norms
         if start_zeros:
             moved = torch.where(norms.isinf(), _directions(sums[rows]), moved)
@@ -202,7 +175,7 @@ def _update_all_(
 
 
 def _update_rows_(
-    centers: Tensor, statistics: CenterStatistics, sums: Tensor, weight: Tensor, rate: Number,
+    centers: Tensor, statistics: CenterStatistics, sums: Tensor, weight: Tensor, push: Push,
     start_zeros: bool, index: Tensor,
 ) -> None:  # fmt: skip
     """Eq. 8 with sums for some of the centers, without a tensor of the size of the centers.
@@ -219,25 +192,23 @@ def _update_rows_(
     if start_zeros:  # a row that is not finite starts anew
         rows_of_samples = centers.index_select(0, index).masked_fill(norms.isinf(), 0)
         centers.index_copy_(0, index, rows_of_samples)
-    push = read_push(statistics, -rate)
     for rows in statistics.blocks(centers):
-        _push_(centers[rows], rows, statistics, push)
+        _push_(centers[rows], statistics.norms[rows], statistics.units, push)
     centers.index_add_(0, index, pull)
     if start_zeros:
         moved = centers.index_select(0, index)
         centers.index_copy_(0, index, torch.where(norms.isinf(), _directions(moved), moved))
 
 
-def _push_(centers: Tensor, rows: slice, statistics: CenterStatistics, push: Push) -> None:
+def _push_(centers: Tensor, norms: Tensor, units: Tensor | None, push: Push) -> None:
     """Eq. 8 without Eq. 6, of some rows."""
-    norms = statistics.norms[rows]
     if push.matrix is None:
         # c + tangent(v, u) / ||c|| = (1 - v . c / ||c||^3) c + v / ||c||; powers could overflow.
         along = centers @ push.vector / norms / norms / norms
         centers.mul_((1 - along).unsqueeze(-1))
         centers.addcmul_(push.vector, norms.reciprocal().unsqueeze(-1))
         return
-    units = centers / norms.unsqueeze(-1) if statistics.units is None else statistics.units
+    units = centers / norms.unsqueeze(-1) if units is None else units
     step = push.of(units)
     centers.addcdiv_(tangent(step, units, out=step), norms.unsqueeze(-1))
 

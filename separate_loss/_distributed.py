@@ -13,6 +13,8 @@ from separate_loss._tracing import has_values
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+MAX_SETTINGS = 512
+
 
 def check_process_group(process_group: "ProcessGroup | None", sync_centers: object) -> None:
     """None or a group; None without synchronisation."""
@@ -62,25 +64,19 @@ def check_same_settings(
     """Raises in all processes where settings differ, before backends abort or read garbage."""
     # As text, since all_gather_object needs NumPy. Of one length, so that nothing else is sent.
     text = "\n".join(map(str, settings.values())).encode()
-    own = torch.tensor(list(text[:MAX_SETTINGS].ljust(MAX_SETTINGS)), dtype=torch.uint8)
-    own = own.to(device)
+    text = text[:MAX_SETTINGS].ljust(MAX_SETTINGS)
+    own = torch.tensor(list(text), dtype=torch.uint8, device=device)
     found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, own, group=group)
     processes = [bytes(other.tolist()).decode().split("\n") for other in found]
     for name, (first, *others) in zip(settings, zip(*processes, strict=True), strict=True):
-        unlike = [
-            f"{other.strip()} in process {rank}"
-            for rank, other in enumerate(others, 1)
-            if other != first
-        ]
+        numbered = enumerate(others, 1)
+        unlike = [f"{one.strip()} in process {rank}" for rank, one in numbered if one != first]
         if unlike:
             raise ValueError(
                 f"{name} must be the same in all processes, got {first.strip()} in the group's "
                 f"process 0 and {', '.join(unlike)}"
             )
-
-
-MAX_SETTINGS = 512
 
 
 def check_same_dtype(num_double: int, size: int) -> None:
@@ -95,23 +91,21 @@ def check_same_dtype(num_double: int, size: int) -> None:
 def all_reduce_sums(
     group: "ProcessGroup", dtype: torch.dtype, packed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sums class sums (C, d) and counts (C,) over all processes, in one message of type `dtype`.
+    """Sums class sums (C, d) and counts (C,) over all processes, for centers of a type.
 
     `packed` (C + 1, d + 1) holds the counts in the last column, and space in the last row.
     """
     # The last row counts the processes that compute in float64.
     packed[-1] = float(packed.dtype == torch.float64)
-    message = packed.to(dtype)
+    message = packed.to(torch.promote_types(dtype, torch.float32))
     dist.all_reduce(message, group=group)
     packed = message.to(packed)
-    of_double = packed[-1, 0]
-    size = dist.get_world_size(group)
+    of_double, size = packed[-1, 0], dist.get_world_size(group)
     if has_values(of_double):
         check_same_dtype(int(of_double), size)
     else:
-        assert_on_device(
-            (of_double == 0) | (of_double == size), "features must have one type in all processes"
-        )
+        same = (of_double == 0) | (of_double == size)
+        assert_on_device(same, "features must have one type in all processes")
     return packed[:-1, :-1], packed[:-1, -1]
 
 

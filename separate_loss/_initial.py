@@ -102,18 +102,14 @@ def apply_to(module: Any, function: Callable[[Tensor], Tensor], recurse: bool) -
 
 def seen_now(centers: Tensor, center_update: CenterUpdate, whole: Tensor | None = None) -> Seen:
     """What is known of the values of centers. An optimizer may change a parameter."""
-    if center_update == "gradient":
-        return weakref.ref(centers), ()
-    return weakref.ref(centers), (version_of(centers), version_of(whole))
+    free = center_update == "gradient"
+    return weakref.ref(centers), () if free else (version_of(centers), version_of(whole))
 
 
 def look_at_(
-    centers: Tensor,
-    seen: Seen | None,
-    shape: tuple[int, int],
-    center_update: CenterUpdate,
+    centers: Tensor, seen: Seen | None, shape: tuple[int, int], center_update: CenterUpdate,
     whole: Tensor | None = None,
-) -> Seen | None:
+) -> Seen | None:  # fmt: skip
     """Looks at centers that are not those `seen` last; returns what is seen now.
 
     A row that is not finite becomes zero. A parameter with such a row or one of zeros is refused. A

@@ -20,15 +20,13 @@ def full_precision(device: str) -> AbstractContextManager[Any]:
 
 def clamp_value(value: Tensor, lower: float, upper: Tensor | float) -> Tensor:
     """Clamps rounding errors past the bounds; the derivative is that of the identity."""
-    if in_eager() and not value.requires_grad:
-        return _clamp(value, lower, upper)
-    return value + (_clamp(value, lower, upper) - value).detach()
-
-
-def _clamp(value: Tensor, lower: float, upper: Tensor | float) -> Tensor:
     if isinstance(upper, Tensor):
-        return value.clamp(min=lower).minimum(upper)
-    return value.clamp(lower, upper)
+        clamped = value.clamp(min=lower).minimum(upper)
+    else:
+        clamped = value.clamp(lower, upper)
+    if in_eager() and not value.requires_grad:
+        return clamped
+    return value + (clamped - value).detach()
 
 
 def least_norm(vectors: Tensor) -> float:

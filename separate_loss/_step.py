@@ -1,6 +1,6 @@
 """One step: both terms of Eq. 4, their gradients in closed form, and the update of the centers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -8,23 +8,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from separate_loss._batch import Batch, Options, check_arguments, prepare_batch
-from separate_loss._centers import (
-    CenterStatistics,
-    centers_gradient,
-    read_centers,
-    update_centers_,
-    weighted_units,
-)
+from separate_loss._centers import CenterStatistics, centers_gradient, read_centers, update_centers_
 from separate_loss._distributed import all_reduce_sums
 from separate_loss._ops import full_precision, read_norms
-from separate_loss._terms import (
-    Number,
-    inter_class,
-    intra_class,
-    normalize,
-    reduce,
-    scale_gradient,
-)
+from separate_loss._terms import Number, inter_class, intra_class, normalize, reduce, scale_gradient
 from separate_loss._torch import under_vmap
 from separate_loss._tracing import in_eager
 from separate_loss._triton.backend import kernels_for
@@ -53,22 +40,13 @@ class Work(NamedTuple):
     statistics: CenterStatistics
     total_weight: Number
 
-    @property
-    def features(self) -> Tensor:
-        """The features that the gradient is for."""
-        return self.batch.features
-
-    @property
-    def centers(self) -> Tensor:
-        """The centers that the gradient is for."""
-        return self.batch.centers
-
-    def held(self, features: Tensor, centers: Tensor | None) -> "Work":
+    def held(self, of_centers: bool) -> "Work":
         """What the backward pass needs; without the centers' gradient they may change before."""
-        batch, statistics = self.batch._replace(features=features), self.statistics
-        if centers is None:
-            centers, statistics = features.new_empty(0), statistics._replace(units=None, gram=None)
-        return self._replace(batch=batch._replace(centers=centers), statistics=statistics)
+        if of_centers:
+            return self
+        batch = self.batch._replace(centers=self.batch.features.new_empty(0))
+        statistics = self.statistics._replace(units=None, gram=None)
+        return self._replace(batch=batch, statistics=statistics)
 
     def plain(self) -> tuple[Batch, Tensor]:
         """The batch and the expected unit centers (N, d), for the plain formula."""
@@ -79,64 +57,56 @@ class Work(NamedTuple):
 
         In the simplex form it is also times the norms of the features.
         """
-        batch, samples, _, _ = self
-        target_centers, factor = samples.target_centers, self._each(grad)
+        samples, factor = self.samples, self._each(grad)
+        target_centers = samples.target_centers
         if samples.usable is not None:
             target_centers = target_centers.where(samples.usable.unsqueeze(-1), 0)
-        if batch.options.form == "paper":
+        if self.batch.options.form == "paper":
             factor = factor / samples.norms
         cosines = samples.cosines.unsqueeze(-1)
         across = torch.addcmul(target_centers, samples.units, cosines, value=-1)
         return across.mul_(factor.unsqueeze(-1))
 
     def centers_gradient(self, grad: Tensor) -> Tensor:
-        """The gradient of both terms for the centers (C, d), by that for the loss."""
-        batch, samples, statistics, _ = self
-        weight, smoothing = batch.options.weight, batch.options.label_smoothing
-        rows = samples.units * self._each(grad).unsqueeze(-1)
+        """The gradient of both terms for the centers (C, d)."""
+        _, target, _, sample_weight, centers, options, _ = self.batch
+        statistics, smoothing = self.statistics, options.label_smoothing
+        num_classes = statistics.num_classes
+        sums = rows = self.samples.units * self._each(grad).unsqueeze(-1)
         index: Tensor | None = None
-        if batch.target.is_floating_point():
-            sums = batch.target.mT @ rows
-        elif smoothing == 0 and statistics.num_classes > len(rows):
-            index = batch.target
-            sums = rows if weight is None else rows * weight.index_select(0, index).unsqueeze(-1)
+        if target.is_floating_point():
+            sums = target.mT @ rows
+        elif smoothing == 0 and num_classes > len(rows):
+            index = target
         else:
-            sums = rows.new_zeros(statistics.num_classes, rows.shape[1])
-            sums.index_add_(0, batch.target, rows)
+            sums = rows.new_zeros(num_classes, rows.shape[1]).index_add_(0, target, rows)
         if smoothing > 0:
-            sums.mul_(1 - smoothing).add_(rows.sum(0), alpha=smoothing / statistics.num_classes)
-        if weight is not None and index is None:
+            sums.mul_(1 - smoothing).add_(rows.sum(0), alpha=smoothing / num_classes)
+        if (weight := options.weight) is not None:
+            weight = weight if index is None else weight.index_select(0, index)
             sums.mul_(weight.unsqueeze(-1))
-        of_inter, sample_weight = grad, batch.sample_weight
-        if batch.options.reduction == "sum":
+        of_inter = grad
+        if options.reduction == "sum":
             of_inter = grad * (len(rows) if sample_weight is None else sample_weight.sum())
-        elif batch.options.reduction == "none":
+        elif options.reduction == "none":
             of_inter = grad.sum() if sample_weight is None else grad.dot(sample_weight)
-        return centers_gradient(batch.centers, statistics, sums, of_inter, index)
+        return centers_gradient(centers, statistics, sums, of_inter, index)
 
     def _each(self, grad: Tensor) -> Tensor:
         """The gradient for the samples' cosines, (N,) or a scalar."""
         factor = grad * -0.5
         return factor / self.total_weight if self.batch.options.reduction == "mean" else factor
 
-    def update_(
-        self, centers: Tensor, center_lr: float | None, *, start_zeros: bool,
-        group: "ProcessGroup | None" = None,
-    ) -> None:  # fmt: skip
+    def update_(self, centers: Tensor, center_lr: float | None, *, start_zeros: bool) -> None:
         """Eq. 8, in place."""
         # `batch.centers` is a copy if the step computed in another type than the centers'.
-        in_place = centers.dtype == self.batch.centers.dtype
-        updated = centers if in_place else self.batch.centers
-        with full_precision(centers.device.type):
-            update_centers_(
-                updated,
-                self.statistics,
-                *update_sums(self, centers.dtype, group),
-                center_lr=center_lr,
-                start_zeros=start_zeros,
-            )
-            if not in_place:
-                centers.copy_(updated)
+        updated = centers if centers.dtype == self.batch.centers.dtype else self.batch.centers
+        update_centers_(
+            updated, self.statistics, *update_sums(self, centers.dtype), center_lr=center_lr,
+            start_zeros=start_zeros,
+        )  # fmt: skip
+        if updated is not centers:
+            centers.copy_(updated)
 
 
 class Step(NamedTuple):
@@ -147,60 +117,50 @@ class Step(NamedTuple):
     inter: Tensor
     num_centers: Tensor  # those that are not zero
     work: "Work | KernelWork"  # by operators or by kernels
-    group: "ProcessGroup | None" = None
 
     def update_(
         self, centers: Tensor, center_lr: float | None, *, start_zeros: bool = False
     ) -> None:
         """Applies Eq. 8 to the centers of the step, or to a copy of them, in place."""
-        # No kernels run with a group.
-        group: Any = {} if self.group is None else {"group": self.group}
-        with torch.no_grad():
-            self.work.update_(centers, center_lr, start_zeros=start_zeros, **group)
+        with torch.no_grad(), full_precision(centers.device.type):
+            self.work.update_(centers, center_lr, start_zeros=start_zeros)
 
 
 def run_step(
-    features: Tensor,
-    target: Tensor,
-    centers: Tensor,
-    options: Options,
-    group: "ProcessGroup | None" = None,
-) -> Step:
-    """Checks the arguments and computes both terms.
+    features: Tensor, target: Tensor, centers: Tensor, options: Options,
+    group: "ProcessGroup | None" = None, choose: Callable[..., Any] = kernels_for,
+) -> Step:  # fmt: skip
+    """Checks the arguments and computes both terms, by operators or by kernels.
 
-    With a process group, the update sums over the samples of all its processes.
+    With a process group, the update sums over the samples of all its processes. `choose` returns
+    the module of the kernels, or None.
     """
     check_arguments(features, target, centers, options)
-    kernels = None
+    kernels, differentiable = None, False
     if group is None:
-        kernels = kernels_for(features, target, centers, options, compute)
-    step = compute(features, target, centers, options, kernels)
-    loss = step.loss.reshape(features.shape[:-1]) if options.reduction == "none" else step.loss
-    return Step(loss, step.intra, step.inter, step.num_centers, step.work, group)
-
-
-def compute(
-    features: Tensor, target: Tensor, centers: Tensor, options: Options, kernels: Any = None
-) -> Step:
-    """Computes both terms by a module of kernels, or by operators."""
-    if kernels is not None:
-        features = features.reshape(-1, centers.shape[1])
-        step = Step(*kernels.read(features, target.reshape(-1), centers, options))
-        return step._replace(loss=with_gradients(step))
+        kernels = choose(features, target, centers, options, run_step)
     with full_precision(centers.device.type):
-        batch = prepare_batch(features, target, centers, options)
-        weight = batch.options.weight
-        differentiable = not in_eager() or batch.target.requires_grad
-        differentiable = differentiable or (weight is not None and weight.requires_grad)
-        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-            simplex = options.form == "simplex"
-            statistics = read_centers(batch.centers, simplex=simplex, differentiable=differentiable)
-            target_centers = expected_centers(batch, statistics)
-            samples = compare(batch, target_centers, differentiable=differentiable)
-            step = combine(batch, samples, statistics)
-        if not differentiable:
-            step = step._replace(loss=with_gradients(step))
-    return step
+        if kernels is not None:
+            rows = features.reshape(-1, centers.shape[1])
+            step = Step(*kernels.read(rows, target.reshape(-1), centers, options))
+        else:
+            batch = prepare_batch(features, target, centers, options, group=group)
+            weight = batch.options.weight
+            learned = batch.target.requires_grad or (weight is not None and weight.requires_grad)
+            differentiable = learned or not in_eager()
+            with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+                step = evaluate(batch, differentiable=differentiable)
+        loss = step.loss if differentiable else with_gradients(step)
+    loss = loss.reshape(features.shape[:-1]) if options.reduction == "none" else loss
+    return Step(loss, step.intra, step.inter, step.num_centers, step.work)
+
+
+def evaluate(batch: Batch, *, differentiable: bool) -> Step:
+    """Computes both terms by operators; differentiable to any order, or without a graph."""
+    simplex = batch.options.form == "simplex"
+    statistics = read_centers(batch.centers, simplex=simplex, differentiable=differentiable)
+    samples = compare(batch, expected_centers(batch, statistics), differentiable=differentiable)
+    return combine(batch, samples, statistics)
 
 
 def compare(batch: Batch, target_centers: Tensor, *, differentiable: bool = False) -> Samples:
@@ -218,11 +178,10 @@ def compare(batch: Batch, target_centers: Tensor, *, differentiable: bool = Fals
 
 def combine(batch: Batch, samples: Samples, statistics: CenterStatistics) -> Step:
     """Eq. 4, from its parts."""
-    weight, reduction = batch.sample_weight, batch.options.reduction
     _, _, center_sum, gram, num_centers, num_classes = statistics
-    intra = intra_class(samples.cosines, 1.0 if weight is None else weight)
+    intra = intra_class(samples.cosines, batch.sample_weight)
     inter = inter_class(center_sum, gram, num_centers, num_classes)
-    loss, mean, total = reduce(intra, weight, inter, reduction)
+    loss, mean, total = reduce(intra, batch.sample_weight, inter, batch.options.reduction)
     work = Work(batch, samples, statistics, total)
     return Step(loss, mean, inter, torch.as_tensor(num_centers).long(), work)
 
@@ -230,9 +189,8 @@ def combine(batch: Batch, samples: Samples, statistics: CenterStatistics) -> Ste
 def intra_loss(batch: Batch, target_centers: Tensor) -> Tensor:
     """Eq. 2 alone, differentiable to any order."""
     cosines = compare(batch, target_centers, differentiable=True).cosines
-    weight, reduction = batch.sample_weight, batch.options.reduction
-    intra = intra_class(cosines, 1.0 if weight is None else weight)
-    return reduce(intra, weight, 0.0, reduction)[0]
+    intra = intra_class(cosines, batch.sample_weight)
+    return reduce(intra, batch.sample_weight, 0.0, batch.options.reduction)[0]
 
 
 def expected_centers(batch: Batch, statistics: CenterStatistics) -> Tensor:
@@ -244,7 +202,7 @@ def expected_centers(batch: Batch, statistics: CenterStatistics) -> Tensor:
     centers, target, weight = batch.centers, batch.target, batch.options.weight
     smoothing, num_classes = batch.options.label_smoothing, statistics.num_classes
     if batch.target.is_floating_point():
-        expected = weighted_units(target, centers, statistics, weight)
+        expected = statistics.weighted_sum(target, centers, weight)
     else:
         expected = statistics.unit_rows(centers, target)
         if weight is not None:
@@ -253,7 +211,7 @@ def expected_centers(batch: Batch, statistics: CenterStatistics) -> Tensor:
         return expected
     uniform = statistics.center_sum
     if weight is not None:
-        uniform = weighted_units(weight, centers, statistics, None)
+        uniform = statistics.weighted_sum(weight, centers)
     return torch.add((1 - smoothing) * expected, uniform, alpha=smoothing / num_classes)
 
 
@@ -261,31 +219,34 @@ class _ClosedForm(Function):
     """The gradients of a step; those of higher order by the plain formulas."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, centers: Tensor, step: Step) -> Tensor:
-        work = step.work.held(features, centers if ctx.needs_input_grad[1] else None)
+    def forward(ctx: Any, _features: Tensor, _centers: Tensor, step: Step) -> Tensor:
         tensors: list[Tensor] = []
-        ctx.packed = _pack(work, tensors)
+
+        def keep(tensor: Tensor) -> _Position:
+            tensors.append(tensor)
+            return _Position(len(tensors) - 1)
+
+        ctx.packed = _replace(step.work.held(ctx.needs_input_grad[1]), Tensor, keep)
         ctx.save_for_backward(*tensors)
         return step.loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        work = _unpack(ctx.packed, iter(ctx.saved_tensors))
-        of_features, of_centers, _ = ctx.needs_input_grad
+        work = _replace(ctx.packed, _Position, ctx.saved_tensors.__getitem__)
+        needed = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled() or under_vmap(grad):
-            return (*_differentiable_gradients(work, grad, of_features, of_centers), None)
+            return (*_differentiable_gradients(work, grad, needed), None)
         with full_precision(grad.device.type):
             return (
-                work.features_gradient(grad) if of_features else None,
-                work.centers_gradient(grad) if of_centers else None,
+                work.features_gradient(grad) if needed[0] else None,
+                work.centers_gradient(grad) if needed[1] else None,
                 None,
             )
 
 
 def with_gradients(step: Step) -> Tensor:
     """The loss of a step with a graph, if features or centers need one."""
-    features, centers = step.work.features, step.work.centers
-    assert centers is not None
+    features, centers = step.work.batch.features, step.work.batch.centers
     if not (torch.is_grad_enabled() and (features.requires_grad or centers.requires_grad)):
         return step.loss
     apply: Any = _ClosedForm.apply
@@ -295,55 +256,59 @@ def with_gradients(step: Step) -> Tensor:
 
 @torch.enable_grad()
 def _differentiable_gradients(
-    work: "Work | KernelWork", grad: Tensor, of_features: bool, of_centers: bool
+    work: "Work | KernelWork", grad: Tensor, needed: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    batch, target_centers = work.plain()
-    if of_centers:
-        simplex = batch.options.form == "simplex"
-        statistics = read_centers(batch.centers, simplex=simplex, differentiable=True)
-        target_centers = expected_centers(batch, statistics)
-        loss = combine(batch, compare(batch, target_centers, differentiable=True), statistics).loss
-    else:
-        loss = intra_loss(batch, target_centers)
-    pairs = (work.features, of_features), (work.centers, of_centers)
-    inputs = [one for one, need in pairs if need and one is not None]
+    (batch, expected), (of_features, of_centers) = work.plain(), needed
+    loss = evaluate(batch, differentiable=True).loss if of_centers else intra_loss(batch, expected)
+    inputs = [work.batch.features] * of_features + [work.batch.centers] * of_centers
     found = list(torch.autograd.grad(loss, inputs, grad, create_graph=True))
     return found.pop(0) if of_features else None, found.pop() if of_centers else None
 
 
-def update_sums(
-    work: Work, dtype: torch.dtype, group: "ProcessGroup | None"
-) -> tuple[Tensor, Tensor, Tensor | None]:
+class _Position(int):
+    """The place of a tensor among those that autograd keeps."""
+
+
+def _replace(part: Any, kind: type, by: Callable[[Any], Any]) -> Any:
+    """Nested tuples and dictionaries, with a function of all of one type in their place."""
+    if isinstance(part, kind):
+        return by(part)
+    if isinstance(part, dict):
+        return {name: _replace(one, kind, by) for name, one in part.items()}
+    if not isinstance(part, tuple):
+        return part
+    parts = [_replace(one, kind, by) for one in part]
+    return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
+
+
+def update_sums(work: Work, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """Sums of unit features, numbers of samples in them, and their classes, for the update.
 
     A sum is of one sample if there are many classes, else of a class, over all processes.
     """
-    batch, statistics = work.batch, work.statistics
-    num_classes = statistics.num_classes
-    units, valid = finite_samples(batch, work.samples)
-    few_classes = not torch.compiler.is_compiling() and num_classes <= len(units)
-    if batch.target.is_floating_point():
-        sums, counts = probability_sums(units, batch.target, valid, statistics)
-    elif few_classes and group is None:
-        sums, counts = class_sums(units, batch.target, valid, num_classes)
-    elif group is None:
-        return units, valid, batch.target
+    batch, samples, statistics, _ = work
+    target, num_classes, group = batch.target, statistics.num_classes, batch.group
+    probabilities = target.is_floating_point()
+    units, valid = finite_samples(batch, samples)
     if group is not None:
         # Packed at once, so that there is one tensor of the size of the centers.
         packed = units.new_zeros(num_classes + 1, units.shape[1] + 1)
-        if batch.target.is_floating_point():
-            packed[:-1, :-1], packed[:-1, -1] = sums, counts
+        if probabilities:
+            packed[:-1, :-1], packed[:-1, -1] = probability_sums(units, target, valid, statistics)
         else:
-            packed.index_add_(0, batch.target, torch.cat([units, valid.unsqueeze(-1)], dim=-1))
-        sums, counts = all_reduce_sums(group, torch.promote_types(dtype, torch.float32), packed)
-    return sums, counts, None
+            packed.index_add_(0, target, torch.cat([units, valid.unsqueeze(-1)], dim=-1))
+        return *all_reduce_sums(group, dtype, packed), None
+    if probabilities:
+        return *probability_sums(units, target, valid, statistics), None
+    if torch.compiler.is_compiling() or num_classes > len(units):
+        return units, valid, target
+    return *class_sums(units, target, valid, num_classes), None
 
 
 def finite_samples(batch: Batch, samples: Samples) -> tuple[Tensor, Tensor]:
     """Unit features and a mask (N,), both 0 for samples that are ignored or not finite."""
-    units, valid = samples.units, batch.valid
-    if valid is None:
-        valid = units.new_ones(len(units))
+    units = samples.units
+    valid = units.new_ones(len(units)) if batch.valid is None else batch.valid
     if samples.usable is None:
         return units, valid
     finite = samples.cosines.isfinite()
@@ -371,27 +336,3 @@ def probability_sums(
         less_probable = target < target.amax(-1, keepdim=True)
         target = target.masked_fill(less_probable & statistics.norms.isinf(), 0)
     return (target.mT @ units).nan_to_num(0, 0, 0), counts.nan_to_num(0, 0, 0)
-
-
-def _pack(part: Any, tensors: list[Tensor]) -> Any:
-    """Nested tuples with `_HOLE` in place of their tensors, which go into a list for autograd."""
-    if isinstance(part, Tensor):
-        tensors.append(part)
-        return _HOLE
-    if not isinstance(part, tuple):
-        return part
-    parts = [_pack(one, tensors) for one in part]
-    return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
-
-
-def _unpack(part: Any, tensors: Iterator[Tensor]) -> Any:
-    """The nested tuples with their tensors again."""
-    if part is _HOLE:
-        return next(tensors)
-    if not isinstance(part, tuple):
-        return part
-    parts = [_unpack(one, tensors) for one in part]
-    return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
-
-
-_HOLE = object()

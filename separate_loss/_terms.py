@@ -46,8 +46,9 @@ def scale_gradient(features: Tensor) -> Tensor:
     return scaled
 
 
-def intra_class(cosines: Tensor, weight: Number) -> Tensor:
-    """The summands of Eq. 2 (N,), from cosines and sample weights; cosines hold the weights."""
+def intra_class(cosines: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """The summands of Eq. 2 (N,), from cosines times the sample weights."""
+    weight = 1.0 if sample_weight is None else sample_weight
     return clamp_value((weight - cosines) / 2, 0, weight)
 
 

@@ -31,46 +31,27 @@ HAS_TRITON = find_spec("triton") is not None and torch.version.hip is None and R
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+RunStep = Callable[..., Any]  # `_step.run_step`
+
 works: dict[torch.device, bool] = {}
 
 
 def kernels_for(
-    features: Tensor, target: Tensor, centers: Tensor, options: Options, compute: Callable[..., Any]
+    features: Tensor, target: Tensor, centers: Tensor, options: Options, run_step: RunStep
 ) -> ModuleType | None:
     """The module of the kernels, if they are to run this step, else None.
 
-    `compute` takes a step's arguments and the module, or None for a step by operators.
+    `run_step` runs a trial step.
 
     Raises:
         RuntimeError: SEPARATE_LOSS_BACKEND=triton, and the machine cannot run the kernels.
 
     """
-    auto = BACKEND == "auto"
+    auto, weight = BACKEND == "auto", options.weight
     if BACKEND == "torch" or (auto and not (HAS_TRITON and centers.is_cuda)):
         return None
-    if not _supports(features, target, centers, options):
-        return None
-    reason = _unsupported_reason(features, centers, options.weight)
-    if reason is None:
-        from separate_loss._triton import step  # noqa: PLC0415 - imports Triton
-
-        if auto:
-            return step if works_on(centers.device, compute) else None
-        if centers.is_cuda or step.INTERPRETED:
-            return step
-        reason = (
-            f"tensors on {centers.device}, which needs Triton's interpreter: TRITON_INTERPRET=1"
-        )
-    if auto:
-        return None
-    raise RuntimeError(f"SEPARATE_LOSS_BACKEND=triton cannot run: {reason}")
-
-
-def _supports(features: Tensor, target: Tensor, centers: Tensor, options: Options) -> bool:
-    """Whether the kernels compute what is asked for."""
-    weight = options.weight
     given = (features, target, centers) if weight is None else (features, target, centers, weight)
-    return (
+    supported = (
         options.reduction == "mean"
         and not target.is_floating_point()
         and centers.shape[1] <= MAX_FEATURES
@@ -80,48 +61,53 @@ def _supports(features: Tensor, target: Tensor, centers: Tensor, options: Option
         and all(type(one) in PLAIN_TYPES for one in given)
         and in_eager()
     )
-
-
-def _unsupported_reason(*tensors: Tensor | None) -> str | None:
+    if not supported:
+        return None
+    others = [one.dtype for one in given if one.is_floating_point() and one.dtype not in DTYPES]
     if not HAS_TRITON:
-        return "no Triton for CUDA is installed, or torch is older than 2.8"
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype not in DTYPES:
-            return f"a tensor of {tensor.dtype}; expected {', '.join(map(str, DTYPES))}"
-    return None
+        reason = "no Triton for CUDA is installed, or torch is older than 2.8"
+    elif others:
+        reason = f"a tensor of {others[0]}; expected {', '.join(map(str, DTYPES))}"
+    else:
+        from separate_loss._triton import step  # noqa: PLC0415 - imports Triton
+
+        if centers.is_cuda or step.INTERPRETED:
+            return step if not auto or works_on(centers.device, run_step) else None
+        reason = (
+            f"tensors on {centers.device}, which needs Triton's interpreter: TRITON_INTERPRET=1"
+        )
+    if auto:
+        return None
+    raise RuntimeError(f"SEPARATE_LOSS_BACKEND=triton cannot run: {reason}")
 
 
-def works_on(device: torch.device, compute: Callable[..., Any]) -> bool:
+def works_on(device: torch.device, run_step: RunStep) -> bool:
     """Whether trial steps by the kernels equal those by operators on a GPU; warns once if not."""
     from separate_loss._triton import step  # noqa: PLC0415 - imports Triton
 
-    if device in works:
-        return works[device]
-    if torch.cuda.is_current_stream_capturing():  # a trial waits for the device
-        return False
+    if device in works or torch.cuda.is_current_stream_capturing():  # a trial waits for the device
+        return works.get(device, False)
     works[device] = False
     if torch.cuda.get_device_capability(device) < (8, 0):
         return False
     for direct in (step.direct, False):
         step.direct = direct
         try:
-            _try_on(device, compute)
-            works[device] = True
-            break
+            _try_on(device, run_step, step)
         except Exception as error:  # compilers, linkers and drivers raise errors of many types
             reason = error
-    else:
-        text = "separate_loss runs without its Triton kernels, which fail here"
-        warnings.warn(f"{text}: {reason}", stacklevel=2)
-    return works[device]
+        else:
+            works[device] = True
+            return True
+    text = "separate_loss runs without its Triton kernels, which fail here"
+    warnings.warn(f"{text}: {reason}", stacklevel=2)
+    return False
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _try_on(device: torch.device, compute: Callable[..., Any]) -> None:
+def _try_on(device: torch.device, run_step: RunStep, kernels: ModuleType) -> None:
     """Raises if steps by the kernels, and again by their binaries, differ from the operators'."""
-    from separate_loss._triton import step as kernels  # noqa: PLC0415 - imports Triton
-
     target = torch.arange(12, device=device) % 5  # 4 is ignored
     for form, dtype, smoothing in (("paper", torch.float64, 0.0), ("simplex", torch.float32, 0.1)):
         values = torch.arange(1, 61, device=device, dtype=dtype)
@@ -131,7 +117,7 @@ def _try_on(device: torch.device, compute: Callable[..., Any]) -> None:
         for module in (None, kernels, kernels):
             leaf, moved = features.clone().requires_grad_(), centers[:7].clone()
             moved[6] = 0
-            step = compute(leaf, target, moved, options, module)
+            step = run_step(leaf, target, moved, options, choose=lambda *_, one=module: one)
             (gradient,) = torch.autograd.grad(step.loss * 12, leaf)
             step.update_(moved, None, start_zeros=True)
             outcomes.append((step.loss.detach(), gradient, moved))

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-# One binary for all batch sizes and blocks of rows; `grad` may be part of a larger tensor.
-jit = triton.jit(do_not_specialize=["n", "tiles", "first_program", "grad"])
+# One binary for all batch sizes, blocks of rows and rates; `grad` may be part of a larger tensor.
+VARYING = ["n", "tiles", "first_program", "rate"]
+jit = triton.jit(do_not_specialize=[*VARYING, "grad"])
 
 
 @triton.jit
@@ -99,9 +100,11 @@ def read(
         own = _inverse_norm(center, TINY)
         center = tl.where(own != 0, center * own, 0.0)
         inverse = _inverse_norm(x, TINY)
-        tl.store(rows + sample * d + columns, center, inside)
         tl.store(cosines + sample, _clamp(tl.sum(x * inverse * center, 0), -1.0, 1.0))
         tl.store(inverses + sample, inverse)
+        if WEIGHTED:
+            center *= tl.load(weight + label, valid, other=0.0).to(ACC)
+        tl.store(rows + sample * d + columns, center, inside)
 
 
 @jit
@@ -203,9 +206,9 @@ def finish(
     tl.store(loss, intra + inter)
     tl.store(terms, intra)
     tl.store(terms + 1, inter)
-    tl.store(scalars, (tl.sum(wrong, 0) == 0).to(ACC))
+    tl.store(scalars, (tl.sum(wrong, 0) == 0).to(ACC))  # all labels are in range
     tl.store(scalars + 1, share)
-    tl.store(scalars + 2, tl.maximum(tl.sum(finite, 0), 1).to(ACC))
+    tl.store(scalars + 2, tl.maximum(tl.sum(finite, 0), 1).to(ACC))  # m of Eq. 6
     tl.store(scalars + 3, nonzero)
     tl.store(scalars + 4, intra * 0)  # NaN if the loss is
 
@@ -286,20 +289,17 @@ def move(
 
 @jit
 def gradient(
-    grad, features, target, weight, rows, total, scalars, out, c, d, ignore_index, n,
-    SIMPLEX: constexpr, WEIGHTED: constexpr, E: constexpr, TINY: constexpr, ACC: constexpr,
-    WIDTH: constexpr,
+    grad, features, target, rows, total, scalars, out, c, d, ignore_index, n,
+    SIMPLEX: constexpr, E: constexpr, TINY: constexpr, ACC: constexpr, WIDTH: constexpr,
 ):  # fmt: skip
     """For each sample, Eq. 5 times the gradient of the loss; in the simplex form times the norm."""
     sample, columns = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     here, inside = sample * d + columns, columns < d
-    label, _, valid = _labels(target, sample, n, c, ignore_index)
+    _, _, valid = _labels(target, sample, n, c, ignore_index)
     unit = tl.load(features + here, columns < tl.where(valid, d, 0), other=0.0).to(ACC)
     inverse = _inverse_norm(unit, TINY)
     unit *= inverse
     center = tl.load(rows + here, inside, other=0)
-    if WEIGHTED:
-        center *= tl.load(weight + label, valid, other=0.0).to(ACC)
     if E > 0:
         center = (1 - E) * center + E / c.to(ACC) * tl.load(total + d + columns, inside, other=0)
     factor = -0.5 * tl.load(grad) * tl.load(scalars + 1)

@@ -128,23 +128,28 @@ def test_more_than_2_to_the_31_values_in_the_centers(monkeypatch: pytest.MonkeyP
     builder: Any = interpreter.interpreter_builder
     set_index = builder.set_grid_idx
 
-    def run_last(kernel: Any, programs: int, *arguments: Any, **constants: bool) -> None:
+    def run_last(kernel: Any, programs: int, given: dict[str, Any], **constants: bool) -> None:
+        arguments = [given[name] for name in kernel.arg_names if name in given]
         with monkeypatch.context() as patch:
             patch.setattr(builder, "set_grid_dim", lambda *_: None)
             patch.setattr(builder, "grid_dim", (programs, 1, 1), raising=False)
             patch.setattr(builder, "set_grid_idx", lambda *_: set_index(programs - 1, 0, 0))
             kernel[(1,)](*arguments, **plan.settings(kernel, constants)[0])
 
-    outputs = target, target, partial, samples, samples, classes, partial, samples
-    sizes = num_classes, d, -100, 2, num_classes - 1
-    run_last(kernels.read, 2, features, target, centers, *outputs, *sizes, 1, 0)
+    given = {
+        "features": features, "target": target, "centers": centers, "out": centers,
+        "weight": target, "units": target, "rows": partial, "total": partial[2 * d :],
+        "cosines": samples, "inverses": samples, "numbers": samples, "of_classes": classes,
+        "partial": partial, "slots": slots, "counts": counts, "everyone": partial,
+        "product": samples, "grad": scalars, "scalars": scalars, "ignore_index": -100,
+        "c": num_classes, "d": d, "n": 1, "tiles": 1, "first_program": 0, "rate": 1.0,
+        "blocks": 2, "each": num_classes - 1,
+    }  # fmt: skip
+    run_last(kernels.read, 2, given)
     assert classes[0, -1] == 0.25
     assert partial[d] == 1
     classes[:, -1] = torch.tensor([0.0, 1.0])
-    read = target, samples, classes, partial[2 * d :], slots, counts, partial, scalars
-    constants = {"GRADIENT": False, "PER_SAMPLE": False, "START": True}
-    moved = scalars, target, centers, centers, *read, num_classes, d, 1, 1, 0, 1.0
-    run_last(kernels.move, num_classes, *moved, **constants)
+    run_last(kernels.move, num_classes, given, GRADIENT=False, PER_SAMPLE=False, START=True)
     assert centers[-1].unique().tolist() == [1 / 128]
     assert not centers[0].any()
 

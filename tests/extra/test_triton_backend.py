@@ -11,7 +11,7 @@ from torch import Tensor
 
 from separate_loss import separate_loss
 from separate_loss._batch import Options
-from separate_loss._step import compute
+from separate_loss._step import run_step
 from separate_loss._triton import backend, kernels
 from separate_loss._triton import step as triton_step
 from tests.helpers.triton_steps import random_problem
@@ -42,7 +42,7 @@ def test_auto_takes_the_kernels_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None
         problem = random_problem(num_samples, 1, 5)
         centers = problem.centers.as_subclass(OnCuda) if on_cuda else problem.centers
         arguments = problem.features, problem.target, centers, Options(**options)
-        return backend.kernels_for(*arguments, compute) is triton_step
+        return backend.kernels_for(*arguments, run_step) is triton_step
 
     monkeypatch.setattr(backend, "BACKEND", "auto")
     monkeypatch.setattr(backend, "PLAIN_TYPES", (Tensor, OnCuda))
@@ -82,18 +82,18 @@ CPU = torch.device("cpu")
 
 def test_a_trial_passes_on_a_device_that_runs_the_kernels(capability: list[int]) -> None:
     with torch.inference_mode():
-        assert backend.works_on(CPU, compute)
+        assert backend.works_on(CPU, run_step)
     assert triton_step.direct
     capability[0] = 7
-    assert backend.works_on(CPU, compute)  # Known.
+    assert backend.works_on(CPU, run_step)  # Known.
     backend.works.clear()
-    assert not backend.works_on(CPU, compute)
+    assert not backend.works_on(CPU, run_step)
 
 
 @pytest.mark.usefixtures("capability")
 def test_no_trial_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not backend.works_on(CPU, compute)
+    assert not backend.works_on(CPU, run_step)
     assert not backend.works
 
 
@@ -113,22 +113,22 @@ def test_wrong_results_of_a_kernel_turn_all_off(
 ) -> None:
     launch = triton_step.Plan.launch
 
-    def broken(plan: Any, called: Any, programs: int, fixed: Any, *rest: Any, **more: Any) -> None:
-        launch(plan, called, programs, fixed, *rest, **more)
+    def broken(plan: Any, called: Any, programs: int, given: Any, **more: Any) -> None:
+        launch(plan, called, programs, given, **more)
         if called.__name__ == kernel:
-            fixed[called.arg_names.index(wrong)].mul_(1.5)
+            given[wrong].mul_(1.5)
 
     monkeypatch.setattr(triton_step.Plan, "launch", broken)
     with pytest.warns(UserWarning, match="runs without its Triton kernels, which fail here: "):
-        assert not backend.works_on(CPU, compute)
-    assert not backend.works_on(CPU, compute)  # Warns once only.
+        assert not backend.works_on(CPU, run_step)
+    assert not backend.works_on(CPU, run_step)  # Warns once only.
 
 
 @pytest.mark.usefixtures("capability")
 def test_errors_of_a_compiler_turn_the_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "gradient", None)
     with pytest.warns(UserWarning, match=r"without its Triton kernels, .*NoneType"):
-        assert not backend.works_on(CPU, compute)
+        assert not backend.works_on(CPU, run_step)
 
 
 @pytest.mark.usefixtures("capability")
@@ -141,7 +141,7 @@ def test_wrong_direct_launches_leave_the_usual_ones(monkeypatch: pytest.MonkeyPa
         launch(plan, called, *arguments, **more)
 
     monkeypatch.setattr(triton_step.Plan, "launch", broken)
-    assert backend.works_on(CPU, compute)
+    assert backend.works_on(CPU, run_step)
     assert not triton_step.direct
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.compiler import CompiledKernel
 
 from separate_loss import SeparateLoss, separate_loss
+from separate_loss._triton import kernels
 from separate_loss._triton import step as triton_step
 from tests.helpers.triton_steps import random_problem, run_step
 
@@ -137,21 +139,31 @@ def test_binaries_are_launched_again_for_equal_types_alignments_and_integers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kernel = Kernel()
-    monkeypatch.setattr(Kernel, "arg_names", list(Kernel.arg_names))
     plan = triton_step.Plan(4, 3, torch.float32, "paper", False, 0.0, torch.device("cpu"))
     vectors = torch.zeros(33)
-    plan.launch(kernel, 2, (vectors, 5), 7)
-    plan.launch(kernel, 3, (vectors, 5), 8)
-    plan.launch(kernel, 3, (vectors[16:], 5), 1)
+
+    def launch(programs: int, vectors: Tensor, size: int, n: int) -> None:
+        plan.launch(kernel, programs, {"vectors": vectors, "size": size, "n": n, "other": None})
+
+    launch(2, vectors, 5, 7)
+    launch(3, vectors, 5, 8)
+    launch(3, vectors[16:], 5, 1)
     assert [len(one.calls) for one in kernel.binaries] == [2]
     assert kernel.binaries[0].calls[0][0] == (3, 1, 1)
     assert kernel.binaries[0].calls[0][2:] == (5, 8, triton_step.TILE)
     for other in ((vectors[1:], 5), (vectors.double(), 5), (vectors, 16)):
-        plan.launch(kernel, 2, other, 7)
+        launch(2, *other, 7)
     assert [len(one.calls) for one in kernel.binaries] == [2, 0, 0, 0]
     monkeypatch.setattr(triton_step, "direct", False)
-    plan.launch(kernel, 2, (vectors, 5), 7)
+    launch(2, vectors, 5, 7)
     assert len(kernel.binaries) == 5
+
+
+@pytest.mark.parametrize("name", ["read", "sums", "finish", "move", "gradient"])
+def test_constants_are_the_last_arguments(name: str) -> None:
+    """A binary takes its arguments by position, and the constants after them."""
+    capital = [argument.isupper() for argument in getattr(kernels, name).arg_names]
+    assert capital == sorted(capital)
 
 
 def test_kernels_compile_for_gpus(tmp_path: Path) -> None:

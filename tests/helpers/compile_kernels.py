@@ -40,10 +40,8 @@ def launches() -> Iterator[tuple[Launch, list[int]]]:
     """Records what each case would launch, with its capabilities; the kernels do not run."""
     recorded: list[Launch] = []
 
-    def record(
-        plan: Any, kernel: Any, _: int, fixed: tuple[Any, ...], *varying: Any, **more: bool
-    ) -> None:
-        values = dict(zip(kernel.arg_names, (*fixed, *varying), strict=False))
+    def record(plan: Any, kernel: Any, _: int, given: dict[str, Any], **more: bool) -> None:
+        values = {name: given[name] for name in kernel.arg_names if name in given}
         recorded.append((kernel, values, *plan.settings(kernel, more)))
 
     setattr(triton_step.Plan, "launch", record)  # noqa: B010
