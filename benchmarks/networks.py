@@ -1,7 +1,5 @@
-"""Classifiers that return features and logits: small ones, and those of torchvision and timm."""
+"""Classifiers that return features and logits: small ones, and those of timm."""
 
-from functools import cache
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -78,76 +76,45 @@ def vector_classifier(kind: FeatureKind, num_classes: int) -> Classifier:
 
 
 def backbone_classifier(
-    name: str,
-    weights: Path | str | None,
-    num_classes: int,
-    *,
-    feature_dim: int | None = None,
-    neck: bool = False,
+    name: str, weights: Path | str | None, num_classes: int, *, neck: bool = False
 ) -> Classifier:
-    """The pooled features of a model of torchvision or timm in front of a new head.
+    """The pooled features of a model of timm in front of a new head.
 
-    `weights` is a state dict to start from; None downloads ImageNet's, "none" starts at random.
-    `feature_dim` is that of a linear embedding in between; `neck` puts BatchNorm1d before the head.
+    `weights` is a state dict to start from; None downloads the model's, "none" starts at random.
     """
-    body, dim = _backbone(name, weights)
-    if feature_dim is not None:
-        body, dim = nn.Sequential(body, nn.Linear(dim, feature_dim)), feature_dim
-    return Classifier(body, dim, num_classes, neck=neck)
-
-
-def _backbone(name: str, weights: Path | str | None) -> tuple[nn.Module, int]:
     complete_torchvision()
     import timm  # noqa: PLC0415 - after the line above
-    from torchvision import models  # noqa: PLC0415
 
-    of_torchvision = name in models.list_models()
-    if not of_torchvision and not timm.is_model(name):
-        raise ValueError(f"--model must be a name of torchvision or timm, got {name!r}")
-    model: Any
-    if of_torchvision:
-        model = models.get_model(name, weights="DEFAULT" if weights is None else None)
-    else:
-        model = timm.create_model(name, pretrained=weights is None)
-    if weights is not None and weights != "none":
-        _load_weights(model, Path(weights))
-    if not of_torchvision:
-        model.reset_classifier(0)
-        return model, getattr(model, "head_hidden_size", None) or model.num_features
-    head = "fc" if hasattr(model, "fc") else "classifier"
-    linear = [one for one in getattr(model, head).modules() if isinstance(one, nn.Linear)]
-    if len(linear) != 1:
-        raise ValueError(f"--model {name}: expected one linear layer in its {head}; take timm's")
-    setattr(model, head, nn.Identity())
-    return model, linear[0].in_features
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    """Loads all weights but the head's."""
+    if not timm.is_model(name):
+        raise ValueError(f"--model must be a name of timm, got {name!r}")
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        missing = model.load_state_dict(state, strict=False).missing_keys
+        model: Any = timm.create_model(name, pretrained=weights is None, num_classes=0)
     except Exception as error:
-        raise ValueError(f"--weights {path} is no state dict of this model: {error}") from error
-    missing = [name for name in missing if not name.startswith(("fc.", "classifier.", "head."))]
-    if missing:
-        raise ValueError(f"--weights {path} lacks {len(missing)} of the model, as {missing[0]}")
+        raise ValueError(
+            f"the weights of {name} cannot be downloaded: pass --weights none to start at random, "
+            f"or --weights PATH with a state dict ({error})"
+        ) from error
+    if weights not in (None, "none"):
+        try:
+            state = torch.load(weights, weights_only=True, map_location="cpu")
+            missing = model.load_state_dict(state, strict=False).missing_keys
+        except Exception as error:
+            raise ValueError(f"--weights {weights} is no state dict of {name}: {error}") from error
+        if missing:
+            raise ValueError(f"--weights {weights} lacks {len(missing)} of {name}, as {missing[0]}")
+    dim = getattr(model, "head_hidden_size", None) or model.num_features
+    return Classifier(model, dim, num_classes, neck=neck)
 
 
-@cache
 def complete_torchvision() -> None:
     """Makes torchvision importable where its compiled operators do not fit this torch.
 
     Its wheels are built against CUDA and do not load beside a CPU build of torch. The import then
     registers shapes for two operators that must be declared. Only detection models call them.
     """
-    spec = find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        return
     try:
-        for library in Path(spec.origin).parent.glob("_C*"):
-            torch.ops.load_library(library)
-    except OSError:
+        import torchvision  # noqa: F401, PLC0415
+    except RuntimeError:  # "operator torchvision::nms does not exist"
         schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
         for operator in ("nms", "qnms"):
             torch.library.define(f"torchvision::{operator}", schema)

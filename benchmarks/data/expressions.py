@@ -5,9 +5,11 @@ of the data set's owners, never by the order of folders. Pictures are opened whe
 """
 
 import csv
+import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from benchmarks.data import faces, normalised
+from benchmarks.data import normalised
 
 # In RAF-DB's order.
 BASIC = ("surprise", "fear", "disgust", "happy", "sad", "anger", "neutral")
@@ -38,14 +40,10 @@ AFFECTNET = (
     "uncertain", "non-face",
 )  # fmt: skip
 CK_PLUS = ("neutral", "anger", "contempt", "disgust", "fear", "happy", "sad", "surprise")
-# Names of folders of a part.
-SPLITS = {
-    "train": "train", "train_set": "train", "training": "train",
-    "val": "validation", "valid": "validation", "validation": "validation", "val_set": "validation",
-    "valid_set": "validation", "test": "test",
-}  # fmt: skip
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
-Codes = Mapping[str, int | None]
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+Codes = Mapping[int, int | None]
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+Labelled = tuple[Path, int | None, Box | None]  # a picture, its class and its face
 
 
 class Part(NamedTuple):
@@ -53,7 +51,7 @@ class Part(NamedTuple):
 
     pictures: Sequence[Path | NDArray[np.uint8]]
     target: Tensor  # class indices (N,) or, from votes, probabilities (N, C)
-    boxes: Sequence[tuple[int, int, int, int]] | None = None  # left, top, right, bottom
+    boxes: Sequence[Box | None] | None = None
 
     @property
     def labels(self) -> Tensor:
@@ -94,6 +92,24 @@ class Pictures(Dataset[tuple[Tensor, Tensor]]):
         return normalised(tensor), self.part.target[index]
 
 
+def count_identical(part: Part, other: Part) -> int:
+    """How many pictures of a part are in another as well, byte by byte and with the same box."""
+    sizes = {*map(_size, part.pictures)}  # of the other part, only these are read
+    found = {*_contents(other, sizes)}
+    return sum(one in found for one in _contents(part, sizes))
+
+
+def _size(picture: Path | NDArray[np.uint8]) -> int:
+    return picture.stat().st_size if isinstance(picture, Path) else picture.nbytes
+
+
+def _contents(part: Part, sizes: set[int]) -> Iterator[tuple[bytes, Box | None]]:
+    for picture, box in zip(part.pictures, part.boxes or repeat(None), strict=False):
+        if _size(picture) in sizes:
+            content = picture.read_bytes() if isinstance(picture, Path) else picture.tobytes()
+            yield hashlib.sha256(content).digest(), box
+
+
 def index_of(name: str, class_names: Sequence[str] = BASIC) -> int | None:
     """The index of a class by any of its names; None for what is left out."""
     plain = name.strip().lower().replace("_", " ")
@@ -109,10 +125,8 @@ def index_of(name: str, class_names: Sequence[str] = BASIC) -> int | None:
 
 
 def _codes(names: Sequence[str], first: int, class_names: Sequence[str] = BASIC) -> Codes:
-    """Class indices by code, with leading zeros or without."""
-    indices = [index_of(name, class_names) for name in names]
-    codes = {f"{code}": index for code, index in enumerate(indices, first)}
-    return codes | {f"{code:02}": index for code, index in enumerate(indices, first)}
+    """Class indices by code."""
+    return {code: index_of(name, class_names) for code, name in enumerate(names, first)}
 
 
 def _unlike(what: str, home: Path, expected: str) -> ValueError:
@@ -121,23 +135,26 @@ def _unlike(what: str, home: Path, expected: str) -> ValueError:
     return ValueError(f"{home} is not {what}: looked for {expected}; {found}")
 
 
-def _part(found: Iterable[tuple[Path, int | None]]) -> Part:
-    """A part of the pictures that have a class."""
-    kept = [(path, label) for path, label in found if label is not None]
-    return Part([path for path, _ in kept], torch.tensor([label for _, label in kept]).long())
-
-
-def _checked(parts: Parts, what: str, home: Path) -> Parts:
-    for name, part in parts.items():
-        if not len(part.target):
-            raise ValueError(f"{home}: {what} has no pictures in its part {name}")
+def _parts(found: Mapping[str, Iterable[Labelled]], what: str, home: Path) -> Parts:
+    """Parts of the pictures that have a class, by name."""
+    parts = {}
+    for split, labelled in found.items():
+        kept = [one for one in labelled if one[1] is not None]
+        if not kept:
+            raise ValueError(f"{home}: {what} has no pictures in its part {split}")
+        paths, labels, boxes = zip(*kept, strict=True)
+        parts[split] = Part([*paths], torch.tensor(labels), [*boxes])
     return parts
 
 
 def _splits(home: Path) -> dict[str, Path]:
-    """Folders of parts by the name of the part."""
-    folders = [path for path in sorted(home.glob("*")) if path.is_dir()]
-    return {SPLITS[path.name.lower()]: path for path in folders if path.name.lower() in SPLITS}
+    """Folders of parts by the name of the part: train_set, val, valid_set, Test and the like."""
+    return {
+        split: path
+        for path in sorted(home.glob("*/"))
+        for split in ("train", "validation", "test")
+        if path.name.lower().startswith(split[:3])
+    }
 
 
 def _pictures_in(home: Path) -> list[Path]:
@@ -151,21 +168,20 @@ def folder(
     class_names: Sequence[str] = BASIC,
 ) -> Parts:
     """Pictures in a folder per class, named for it or its code, below folders of parts or not."""
-    codes, parts = codes or {}, {}
+    codes = codes or {}
+    found: dict[str, list[Labelled]] = {}
     for split, above in (_splits(home) or {"test": home}).items():
         folders = sorted(path for path in above.glob("*") if path.is_dir())
         if not folders:
-            numbers = [int(code) for code in codes]
-            numbered = f", or numbered {min(numbers)} to {max(numbers)}" if numbers else ""
+            numbered = f", or numbered {min(codes)} to {max(codes)}" if codes else ""
             expected = f"a folder of pictures per class, named {', '.join(class_names)}{numbered}"
             raise _unlike(what, above, expected)
-        found: list[tuple[Path, int | None]] = []
+        found[split] = []
         for path in folders:
-            name = path.name
-            index = codes[name] if name in codes else index_of(name, class_names)
-            found += [(picture, index) for picture in _pictures_in(path)]
-        parts[split] = _part(found)
-    return _checked(parts, what, home)
+            name, coded = path.name, path.name.isdigit() and int(path.name) in codes
+            index = codes[int(name)] if coded else index_of(name, class_names)
+            found[split] += [(picture, index, None) for picture in _pictures_in(path)]
+    return _parts(found, what, home)
 
 
 def raf_db(home: Path, class_names: Sequence[str] = BASIC, *, votes: bool = False) -> Parts:
@@ -178,9 +194,9 @@ def raf_db(home: Path, class_names: Sequence[str] = BASIC, *, votes: bool = Fals
     home = home / kind if (home / kind).is_dir() else home
     what, listed = f"RAF-DB ({kind})", home / "EmoLabel" / "list_patition_label.txt"
     if listed.is_file():
-        parts = _checked(_raf_db_list(home, listed, class_names), what, home)
+        parts = _parts(_raf_db_list(home, listed, len(class_names)), what, home)
         return _with_votes(parts, listed.with_name("distribution_basic.txt")) if votes else parts
-    if not (home / "train").is_dir() and not (home / "test").is_dir():
+    if not {"train", "test"} & {*_splits(home)}:
         expected = "EmoLabel/list_patition_label.txt, or train/ and test/ with a folder per class"
         raise _unlike(what, home, expected)
     codes = _codes(class_names, 1, class_names)
@@ -189,95 +205,100 @@ def raf_db(home: Path, class_names: Sequence[str] = BASIC, *, votes: bool = Fals
     return folder(home, what, codes, class_names)
 
 
-def _raf_db_list(home: Path, listed: Path, class_names: Sequence[str]) -> Parts:
-    end = "_aligned" if (home / "Image" / "aligned").is_dir() else ""
-    images = home / "Image" / ("aligned" if end else "original")
-    found: dict[str, list[tuple[Path, int | None]]] = {"train": [], "test": []}
+def _raf_db_list(home: Path, listed: Path, classes: int) -> dict[str, list[Labelled]]:
+    kind, end = (
+        ("aligned", "_aligned") if (home / "Image" / "aligned").is_dir() else ("original", "")
+    )
+    found: dict[str, list[Labelled]] = {"train": [], "test": []}
     for number, line in enumerate(listed.read_text().strip().splitlines(), 1):
         match = re.fullmatch(r"((train|test)_\w+)(\.\w+) (\d+)\s*", line)
-        if match is None or not 1 <= int(match[4]) <= len(class_names):
+        if match is None or not 1 <= int(match[4]) <= classes:
             raise ValueError(
                 f"{listed}, line {number}: expected train_N.jpg or test_N.jpg and a code from 1 to "
-                f"{len(class_names)}, got {line!r}"
+                f"{classes}, got {line!r}"
             )
-        path = images / f"{match[1]}{end}{match[3]}"
-        if not path.is_file():
-            raise ValueError(f"{path} is missing, which {listed}, line {number}, names")
-        found[match[2]].append((path, int(match[4]) - 1))
-    return {split: _part(pairs) for split, pairs in found.items()}
+        path = home / "Image" / kind / f"{match[1]}{end}{match[3]}"
+        found[match[2]].append((path, int(match[4]) - 1, None))
+    return found
 
 
 def _with_votes(parts: Parts, path: Path) -> Parts:
-    lines = [line.split() for line in path.read_text().splitlines()]
-    shares = {Path(line[0]).stem: [*map(float, line[1:8])] for line in lines if len(line) >= 8}
-    training = parts["train"]
-    stems = [Path(str(picture)).stem.removesuffix("_aligned") for picture in training.pictures]
-    unknown = [stem for stem in stems if stem not in shares]
-    if unknown:
-        raise ValueError(f"{path} has no seven shares for {unknown[0]}")
-    target = torch.tensor([shares[stem] for stem in stems])
-    return parts | {"train": training._replace(target=target / target.sum(1, keepdim=True))}
-
-
-def affectnet(home: Path) -> Parts:
-    """AffectNet with seven classes: csv lists, annotations as npy, or folders."""
-    lists, codes = home / "Manually_Annotated_file_lists", _codes(AFFECTNET, 0)
-    splits = _splits(home)
-    if lists.is_dir():
-        names = {"train": "training", "validation": "validation"}
-        parts = {
-            split: _affectnet_csv(home, lists / f"{name}.csv", codes)
-            for split, name in names.items()
-        }
-    elif not splits:
-        expected = "Manually_Annotated_file_lists/, train_set/ and val_set/, or train/ and val/"
-        raise _unlike("AffectNet", home, expected)
-    elif all((path / "annotations").is_dir() for path in splits.values()):
-        parts = {split: _affectnet_npy(path, codes) for split, path in splits.items()}
-    else:
-        parts = folder(home, "AffectNet", codes)
-    # Happy is by far the most frequent in training; in alphabetical copies its code is 4.
-    if "train" in parts and parts["train"].counts(BASIC).most_common(1)[0][0] == "fear":
+    shares = {}
+    for line in path.read_text().splitlines():
+        name, *votes = line.split()
+        shares[Path(name).stem] = [float(vote) for vote in votes[: len(BASIC)]]
+    try:
+        stems = [Path(str(one)).stem.removesuffix("_aligned") for one in parts["train"].pictures]
+        target = torch.tensor([shares[stem] for stem in stems])
+    except (KeyError, ValueError) as error:
         raise ValueError(
-            f"{home} has most pictures under code 4, fear, where AffectNet has them under 1, "
-            "happy: this copy seems to number its classes alphabetically. Name its folders for them"
-        )
-    return _checked(parts, "AffectNet", home)
+            f"{path} has no seven shares for each training picture: {error}"
+        ) from error
+    target /= target.sum(1, keepdim=True)
+    return parts | {"train": parts["train"]._replace(target=target)}
 
 
-def _affectnet_csv(home: Path, path: Path, codes: Codes) -> Part:
+def affectnet(home: Path, order: Sequence[str] | None = None) -> Parts:
+    """AffectNet with seven classes: csv lists, annotations as npy, or folders.
+
+    `order` names the classes of numbers 0, 1 and so on; by default it is the owners'. Some copies
+    are numbered alphabetically: numbers that do not show their order are refused without `order`.
+    """
+    what, codes, splits = "AffectNet", _codes(order or AFFECTNET, 0), _splits(home)
+    lists = home / "Manually_Annotated_file_lists"
+    if lists.is_dir():
+        names = {"train": "training.csv", "validation": "validation.csv"}
+        listed = {split: _affectnet_csv(home, lists / name, codes) for split, name in names.items()}
+        return _parts(listed, what, home)
+    if not splits:
+        expected = "Manually_Annotated_file_lists/, train_set/ and val_set/, or train/ and val/"
+        raise _unlike(what, home, expected)
+    numbered = all((path / "annotations").is_dir() for path in splits.values())
+    if numbered:
+        annotated = {split: _affectnet_npy(path, codes) for split, path in splits.items()}
+        parts = _parts(annotated, what, home)
+    else:
+        parts = folder(home, what, codes)
+        numbered = any(path.name.isdigit() for path in home.glob("*/*"))
+    if numbered and order is None and "train" in parts:
+        counts = parts["train"].counts(BASIC)
+        happy = counts.pop("happy", 0)
+        if happy < 1.25 * max(counts.values(), default=0):  # its owners' copy: 1.8 times
+            own, alphabetical = AFFECTNET[:8], sorted(AFFECTNET[:8])
+            raise ValueError(
+                f"{home} numbers its classes, and number 1, happy in the owners' order, is not the "
+                "most frequent by far. Name the folders, or say the order of the numbers: "
+                f"--affectnet-order {' '.join(own)}, or alphabetically {' '.join(alphabetical)}"
+            )
+    return parts
+
+
+def _affectnet_csv(home: Path, path: Path, codes: Codes) -> Iterator[Labelled]:
     pictures = home / "Manually_Annotated"
     if (pictures / "Manually_Annotated_Images").is_dir():
         pictures = pictures / "Manually_Annotated_Images"
-    found, labels, boxes = [], [], []
     with path.open(newline="") as lines:
         for number, row in enumerate(csv.reader(lines), 1):
             if row and row[0] == "subDirectory_filePath":
                 continue
             try:
                 left, top, width, height = (int(float(value)) for value in row[1:5])
-                index = codes[row[6].strip()]
+                index = codes[int(row[6])]
             except (IndexError, KeyError, ValueError) as error:
                 raise ValueError(
                     f"{path}, line {number}: expected a path, a box of four numbers, landmarks and "
-                    f"a code from 0 to 10, got {','.join(row)[:80]!r}"
+                    f"a code from 0 to {max(codes)}, got {','.join(row)[:80]!r}"
                 ) from error
-            if index is not None:
-                found.append(pictures / row[0])
-                labels.append(index)
-                boxes.append((left, top, left + width, top + height))
-    return Part(found, torch.tensor(labels).long(), boxes)
+            yield pictures / row[0], index, (left, top, left + width, top + height)
 
 
-def _affectnet_npy(home: Path, codes: Codes) -> Part:
-    found = []
+def _affectnet_npy(home: Path, codes: Codes) -> Iterator[Labelled]:
     for path in _pictures_in(home / "images"):
         annotation = home / "annotations" / f"{path.stem}_exp.npy"
-        code = str(int(np.load(annotation)))
+        code = int(np.load(annotation))
         if code not in codes:
-            raise ValueError(f"{annotation} holds {code}, which is no code from 0 to 10")
-        found.append((path, codes[code]))
-    return _part(found)
+            raise ValueError(f"{annotation} holds {code}, which is no code from 0 to {max(codes)}")
+        yield path, codes[code], None
 
 
 def ck_plus(home: Path) -> Parts:
@@ -285,28 +306,12 @@ def ck_plus(home: Path) -> Parts:
     emotion, images = home / "Emotion", home / "cohn-kanade-images"
     if not emotion.is_dir() or not images.is_dir():
         return folder(home / "CK+48" if (home / "CK+48").is_dir() else home, "CK+")
-    codes, found = _codes(CK_PLUS, 0), []
+    codes = _codes(CK_PLUS, 0)
+    found: list[Labelled] = []
     for label in sorted(emotion.glob("*/*/*_emotion.txt")):
         sequence = images / label.parent.relative_to(emotion)
-        frames, code = _pictures_in(sequence), f"{float(label.read_text()):g}"
+        frames, code = _pictures_in(sequence), int(float(label.read_text()))
         if not frames or code not in codes:
             raise ValueError(f"{label} holds {code}, and {sequence} {len(frames)} frames")
-        found += [(frames[-1], codes[code]), (frames[0], index_of("neutral"))]
-    return _checked({"test": _part(found)}, "CK+", home)
-
-
-def fer_2013(path: Path) -> Parts:
-    """FER-2013 as a folder per class, or as `faces.load` reads it."""
-    if path.is_dir():
-        files = [str(file) for file in sorted(path.glob("*.*")) if file.suffix in faces.SUFFIXES]
-        if files and not any(file.is_dir() for file in path.iterdir()):
-            raise ValueError(f"{path} is a folder: give the file of FER-2013, {' or '.join(files)}")
-        return folder(path, "FER-2013")
-    found = faces.load(path)
-    indices = [index_of(name) for name in found.class_names]
-    target = np.array([-1 if index is None else index for index in indices])[found.labels]
-    parts = {}
-    for split in dict.fromkeys(found.split.tolist()):
-        rows = np.flatnonzero((found.split == split) & (target >= 0))
-        parts[split] = Part(list(found.images[rows]), torch.from_numpy(target[rows]))
-    return _checked(parts, "FER-2013", path)
+        found += [(frames[-1], codes[code], None), (frames[0], codes[0], None)]
+    return _parts({"test": found}, "CK+", home)

@@ -1,60 +1,76 @@
-"""FER-2013: faces of 48 x 48 pixels with one of seven expressions."""
+"""FER-2013 and FERPlus: faces of 48 x 48 pixels in a csv file, and votes in another beside it."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
-SIZE = 48
-SUFFIXES = (".npz", ".csv")
-CSV_CLASSES = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")
-CSV_SPLITS = {"Training": "train", "PublicTest": "validation", "PrivateTest": "test"}
-LAYOUTS = (
-    "expected fer2013.csv of Kaggle's challenge, or an npz with images (N, 48, 48) uint8, labels "
-    "(N,), split (N,) and class_names (C,)"
-)
+from benchmarks.data.expressions import Part, Parts, folder, index_of
 
-
-class Faces(NamedTuple):
-    images: NDArray[np.uint8]  # (N, 48, 48)
-    labels: NDArray[np.int64]  # (N,)
-    split: NDArray[np.str_]  # (N,), "train", "validation" or "test"
-    class_names: list[str]  # in the order of the file
+CLASSES = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")
+SPLITS = {"Training": "train", "PublicTest": "validation", "PrivateTest": "test"}
+# Columns of votes: those of the classes, in RAF-DB's order, come first.
+VOTES = (
+    "surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral", "contempt",
+    "unknown", "NF",
+)  # fmt: skip
 
 
-def load(path: Path) -> Faces:
-    """Reads FER-2013 from a csv or an npz, and refuses anything else with a ValueError."""
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path} is not FER-2013: {LAYOUTS}")
-    faces = (_load_npz if path.suffix == ".npz" else _load_csv)(path)
-    count, labels = len(faces.labels), set(faces.labels.tolist())
-    if faces.images.shape != (count, SIZE, SIZE) or faces.split.shape != (count,):
-        raise ValueError(f"{path}: images {faces.images.shape} do not fit {count} labels")
-    if not labels or not labels <= set(range(len(faces.class_names))):
-        raise ValueError(f"{path} must hold labels in [0, {len(faces.class_names)})")
-    return faces
+def fer_2013(path: Path) -> Parts:
+    """FER-2013 from fer2013.csv or icml_face_data.csv, or from a folder per class."""
+    if path.is_dir():
+        files = [str(file) for file in sorted(path.glob("*.csv"))]
+        if files and not any(file.is_dir() for file in path.iterdir()):
+            raise ValueError(f"{path} is a folder: give the file of FER-2013, {' or '.join(files)}")
+        return folder(path, "FER-2013")
+    rows = _rows(path, ("emotion", "pixels", "Usage"))
+    target = [index_of(CLASSES[int(row["emotion"])]) for row in rows]
+    return _parts(rows, torch.tensor(target))
 
 
-def _load_npz(path: Path) -> Faces:
-    with np.load(path) as arrays:
-        missing = {"images", "labels", "split", "class_names"} - set(arrays.files)
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: {LAYOUTS}")
-        images, labels = arrays["images"].astype(np.uint8), arrays["labels"].astype(np.int64)
-        split = arrays["split"].astype(np.str_)
-        return Faces(images, labels, split, arrays["class_names"].tolist())
+def ferplus(path: Path) -> Parts:
+    """FERPlus from fer2013.csv and fer2013new.csv beside it: shares of votes to train on.
+
+    By the rule of its authors, single votes do not count, and a face whose most frequent vote is
+    none of the classes is left out. The other parts have the most frequent class as their label.
+    """
+    beside = path.with_name("fer2013new.csv")
+    rows, voted = _rows(path, ("pixels", "Usage")), _rows(beside, ("Usage", "Image name", *VOTES))
+    if [row["Usage"] for row in rows] != [row["Usage"] for row in voted]:
+        raise ValueError(f"{beside} must have the rows of {path}: their Usage differs")
+    votes = torch.tensor([[float(row[name]) for name in VOTES] for row in voted])
+    votes[votes <= 1] = 0
+    shares, most = votes[:, : len(CLASSES)], votes.amax(1)
+    named = torch.tensor([bool(row["Image name"]) for row in voted])
+    kept = (named & (most > 0) & (shares.amax(1) == most)).nonzero().flatten()
+    shares = shares[kept] / shares[kept].sum(1, keepdim=True)
+    parts = _parts([rows[index] for index in kept], shares)
+    return {
+        name: part if name == "train" else part._replace(target=part.labels)
+        for name, part in parts.items()
+    }
 
 
-def _load_csv(path: Path) -> Faces:
+def _rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a csv file that has these columns; else a ValueError."""
+    if path.suffix != ".csv":
+        raise ValueError(f"{path} is not FER-2013: expected fer2013.csv of Kaggle's challenge")
     with path.open(newline="") as lines:
-        rows = csv.DictReader(lines, skipinitialspace=True)
-        missing = {"emotion", "pixels", "Usage"} - set(rows.fieldnames or ())
-        found = [] if missing else list(rows)
-    if not found:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing)) or 'rows'}: {LAYOUTS}")
-    images = np.stack([np.array(row["pixels"].split(), np.uint8) for row in found])
-    labels = np.array([int(row["emotion"]) for row in found], np.int64)
-    split = np.array([CSV_SPLITS[row["Usage"]] for row in found], np.str_)
-    return Faces(images.reshape(-1, SIZE, SIZE), labels, split, list(CSV_CLASSES))
+        reader = csv.DictReader(lines, skipinitialspace=True)
+        missing = [name for name in columns if name not in (reader.fieldnames or ())]
+        rows = [] if missing else list(reader)
+    if not rows:
+        raise ValueError(f"{path} lacks {', '.join(missing) or 'rows'}: expected {columns}")
+    return rows
+
+
+def _parts(rows: Sequence[dict[str, str]], target: torch.Tensor) -> Parts:
+    parts = {}
+    splits = np.array([SPLITS[row["Usage"]] for row in rows])
+    faces = [np.array(row["pixels"].split(), np.uint8).reshape(48, 48) for row in rows]
+    for split in dict.fromkeys(splits.tolist()):
+        chosen = np.flatnonzero(splits == split)
+        parts[split] = Part([faces[index] for index in chosen], target[chosen])
+    return parts

@@ -10,14 +10,17 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.data.expressions import BASIC, Part, Pictures
+from benchmarks.data.expressions import Part, Pictures
 from benchmarks.networks import backbone_classifier
 from benchmarks.training import METHODS, evaluate, learned_centers, train_steps
 from separate_loss import metrics
 
+Outputs = tuple[Tensor, Tensor, Tensor]  # features, logits, labels
+RATE = 0.01
+
 
 class TrainingSet(NamedTuple):
-    """A data set to train on, with the paper's schedule and its accuracies (softmax, both)."""
+    """A data set to train on, with the paper's schedule."""
 
     name: str
     training: Part
@@ -25,7 +28,7 @@ class TrainingSet(NamedTuple):
     class_names: Sequence[str]
     epochs: int
     drop_every: int  # epochs after which the rate is divided by 10
-    accuracies: tuple[float, float]
+    identical: int = 0  # reported pictures that are also trained on
 
 
 class Recipe(NamedTuple):
@@ -38,22 +41,12 @@ class Recipe(NamedTuple):
     seed: int
     epochs: int
     drop_every: int
-    feature_dim: int | None = None
-    neck: bool = False
     size: int = 224
     batch_size: int = 100
-    rate: float = 0.01
 
     def key(self, name: str) -> str:
         """A name that differs between the trainings of a command."""
-        dim = "" if self.feature_dim is None else f", {self.feature_dim} features"
-        return f"{name}: {self.method} {self.weight:g}{dim}, seed {self.seed}"
-
-
-class Outputs(NamedTuple):
-    features: Tensor
-    logits: Tensor
-    labels: Tensor
+        return f"{name}: {self.method} {self.weight:g}, seed {self.seed}"
 
 
 class Trained(NamedTuple):
@@ -73,31 +66,28 @@ def run(
     """Trains, and returns the figures of the last epoch, its outputs, and learned centers."""
     torch.manual_seed(recipe.seed)
     classes = len(data.class_names)
-    model: Any = backbone_classifier(
-        recipe.model, recipe.weights, classes, feature_dim=recipe.feature_dim, neck=recipe.neck
-    )
+    model: Any = backbone_classifier(recipe.model, recipe.weights, classes)
     method = METHODS[recipe.method]
     counts = data.training.labels.bincount(minlength=classes)
     criterion = method.build(counts, model.feature_dim, recipe.weight).to(accelerator.device)
-    optimizer: Any = torch.optim.SGD(model.parameters(), recipe.rate, 0.9, weight_decay=5e-4)
+    optimizer: Any = torch.optim.SGD(model.parameters(), RATE, 0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, recipe.drop_every)
     loader: Any = _loader(data.training, recipe, workers, train=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    state = {
-        "model": accelerator.unwrap_model(model),
-        "criterion": criterion,
-        "optimizer": optimizer,
-        "schedule": schedule,
-    }
-    description = f"{data.name}, {len(data.training.target)} pictures, {recipe}"
-    course: list[dict[str, Any]] = _load(checkpoint, state, description)
+    state = [accelerator.unwrap_model(model), criterion, optimizer, schedule]
+    course: list[dict[str, Any]] = []  # figures of each epoch
+    if checkpoint.exists():
+        stored = torch.load(checkpoint, weights_only=True, map_location="cpu")
+        course = stored["course"]
+        for one, values in zip(state, stored["state"], strict=True):
+            one.load_state_dict(values)
     objective = method.objective(criterion, recipe.weight)
-    begin = len(course)
 
     def outputs_on(part: Part) -> Outputs:
         return _outputs(model, _loader(part, recipe, workers, train=False), accelerator)
 
-    for epoch in range(begin, recipe.epochs):
+    found = None
+    for epoch in range(len(course), recipe.epochs):
         torch.manual_seed(1000 * recipe.seed + epoch)
         steps = train_steps(model, loader, objective, [optimizer], accelerator.backward)
         losses = torch.stack([*steps])  # read once an epoch: a step waits for no value
@@ -105,53 +95,30 @@ def run(
             raise ValueError(f"the loss is not finite in epoch {epoch + 1}: lower the rate")
         schedule.step()
         found = outputs_on(data.reported)
-        course.append(_epoch_figures(found, learned_centers(criterion), classes))
+        course.append(_figures(found, learned_centers(criterion)))
         if accelerator.is_main_process:
-            _save(checkpoint, state, course, description)
+            _save(checkpoint, state, course)
             print(
                 f"{recipe.key(data.name)}, epoch {epoch + 1}/{recipe.epochs}: loss "
                 f"{losses.mean():.3f}, accuracy {course[-1]['accuracy']:.2f} %",
                 flush=True,
             )
         accelerator.wait_for_everyone()
-    if begin >= recipe.epochs:
-        found = outputs_on(data.reported)
+    found = found or outputs_on(data.reported)
+    cells = (found[2] * classes + found[1].argmax(-1)).bincount(minlength=classes**2)
+    record = course[-1] | {
+        "confusion": cells.view(classes, classes).tolist(),  # a row for each true class
+        "across": {name: _accuracy(outputs_on(part)) for name, part in others.items()},
+        "course": course,
+    }
     centers = learned_centers(criterion)
-    centers = None if centers is None else centers.cpu()
-    record: dict[str, Any] = {**evaluate(*found, centers), "inter_learned": None, "course": course}
-    if centers is not None:
-        record["inter_learned"] = metrics.inter_class_similarity(centers).item()
-    cells = found.labels * classes + found.logits.argmax(-1)
-    counts = cells.bincount(minlength=classes**2)
-    record["confusion"] = counts.view(classes, classes).tolist()  # a row for each true class
-    others = others if classes == len(BASIC) else {}
-    record["across"] = {name: _across(outputs_on(part)) for name, part in others.items()}
-    return Trained(record, found, centers)
+    return Trained(record, found, None if centers is None else centers.cpu())
 
 
-def _load(path: Path, state: Mapping[str, Any], description: str) -> list[dict[str, Any]]:
-    """Loads a checkpoint, if there is one, and returns the figures of its epochs."""
-    if not path.exists():
-        return []
-    stored = torch.load(path, weights_only=True, map_location="cpu")
-    if stored["description"] != description:
-        raise ValueError(
-            f"{path} is of {stored['description']}, and this run of {description}: pass --fresh "
-            "to drop it, or another --output"
-        )
-    for name, one in state.items():
-        one.load_state_dict(stored[name])
-    course: list[dict[str, Any]] = stored["course"]
-    return course
-
-
-def _save(
-    path: Path, state: Mapping[str, Any], course: list[dict[str, Any]], description: str
-) -> None:
+def _save(path: Path, state: Sequence[Any], course: Sequence[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    states = {name: one.state_dict() for name, one in state.items()}
     partial = path.with_suffix(".partial")
-    torch.save({**states, "course": course, "description": description}, partial)
+    torch.save({"state": [one.state_dict() for one in state], "course": course}, partial)
     partial.replace(path)
 
 
@@ -160,7 +127,7 @@ def _loader(part: Part, recipe: Recipe, workers: int, *, train: bool) -> Any:
         Pictures(part, recipe.size, mirror=train),
         recipe.batch_size,
         shuffle=train,
-        # A batch of one sample has no variance for a neck.
+        # Batch normalisation of a small picture needs two samples.
         drop_last=train and len(part.target) % recipe.batch_size == 1,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
@@ -177,20 +144,22 @@ def _outputs(model: Any, loader: Any, accelerator: Accelerator) -> Outputs:
         features, logits = model(pictures)
         gathered: Any = accelerator.gather_for_metrics((features.float(), logits.float(), labels))
         batches.append([tensor.cpu() for tensor in gathered])
-    return Outputs(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
+    features, logits, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+    return features, logits, labels
 
 
-def _epoch_figures(found: Outputs, centers: Tensor | None, classes: int) -> dict[str, Any]:
-    correct = found.logits.argmax(-1) == found.labels
-    agreements: list[float | None] = []
+def _accuracy(outputs: Outputs) -> float | None:
+    return evaluate(*outputs, None)["accuracy"]
+
+
+def _figures(outputs: Outputs, centers: Tensor | None) -> dict[str, Any]:
+    """All of `evaluate`, and of learned centers the agreement of each class and their cosine."""
+    features, _, labels = outputs
+    found: dict[str, Any] = {"agreements": [], "inter_learned": None}
     if centers is not None:
-        means = metrics.class_centers(found.features, found.labels, classes)
-        values = metrics.center_agreement(centers.cpu(), means, reduction="none").tolist()
-        agreements = [None if np.isnan(value) else round(value, 4) for value in values]
-    return {"accuracy": 100 * correct.double().mean().item(), "agreements": agreements}
-
-
-def _across(found: Outputs) -> dict[str, Any]:
-    figures, classes = evaluate(*found, None), found.labels.unique().tolist()
-    shared = {name: figures[name] for name in ("accuracy", "recall")}
-    return {**shared, "classes": classes, "pictures": len(found.labels)}
+        centers = centers.cpu()
+        means = metrics.class_centers(features, labels, len(centers))
+        values = metrics.center_agreement(centers, means, reduction="none").tolist()
+        found["agreements"] = [None if np.isnan(value) else round(value, 4) for value in values]
+        found["inter_learned"] = metrics.inter_class_similarity(centers).item()
+    return evaluate(*outputs, centers) | found

@@ -108,15 +108,49 @@ def test_affectnet_as_csv_and_as_annotations(tmp_path: Path) -> None:
         expressions.affectnet(tmp_path)
 
 
+ALPHABETICAL = ["anger", "contempt", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
+
+
 def test_an_alphabetical_copy_of_affectnet_is_refused(tmp_path: Path) -> None:
     for code in range(8):
         for number in range(5 if code == 4 else 1):
             draw(tmp_path / "train" / str(code) / f"{number}.jpg")
-    with pytest.raises(ValueError, match="seems to number its classes alphabetically"):
+    with pytest.raises(ValueError, match="happy in the owners' order, is not the most frequent"):
         expressions.affectnet(tmp_path)
-    for number in range(6):
+    found = expressions.affectnet(tmp_path, ALPHABETICAL)["train"].counts(BASIC)
+    assert found == ONE_EACH | {"happy": 5}
+    for number in range(7):
         draw(tmp_path / "train" / "1" / f"{number}.jpg")
-    assert expressions.affectnet(tmp_path)["train"].counts(BASIC)["happy"] == 6
+    assert expressions.affectnet(tmp_path)["train"].counts(BASIC)["happy"] == 7
+
+
+@pytest.mark.parametrize("layout", ["folders", "annotations"])
+def test_the_numbers_of_a_balanced_copy_of_affectnet_are_asked_about(
+    layout: str, tmp_path: Path
+) -> None:
+    for code in range(8):
+        if layout == "folders":
+            draw(tmp_path / "train" / str(code) / "a.png", code)
+        else:
+            annotations = tmp_path / "train_set" / "annotations"
+            annotations.mkdir(parents=True, exist_ok=True)
+            np.save(annotations / f"{code}_exp.npy", code)
+            draw(tmp_path / "train_set" / "images" / f"{code}.png", code)
+    own = list(expressions.AFFECTNET[:8])
+    with pytest.raises(ValueError, match="Name the folders, or say the order") as refused:
+        expressions.affectnet(tmp_path)
+    for order in (own, ALPHABETICAL):
+        assert " ".join(order) in str(refused.value)
+        found = shades(expressions.affectnet(tmp_path, order)["train"])
+        assert found == {name: [order.index(name)] for name in BASIC}
+    with pytest.raises(ValueError, match="'bored' is none of the classes"):
+        expressions.affectnet(tmp_path, ["bored"])
+
+
+def test_a_balanced_copy_of_affectnet_with_named_folders_is_read(tmp_path: Path) -> None:
+    for name in ALPHABETICAL:
+        draw(tmp_path / "train" / name / "a.png")
+    assert expressions.affectnet(tmp_path)["train"].counts(BASIC) == ONE_EACH
 
 
 def test_ck_plus_as_sequences_and_as_folders(tmp_path: Path) -> None:
@@ -138,7 +172,7 @@ def test_ck_plus_as_sequences_and_as_folders(tmp_path: Path) -> None:
 def fer_csv(path: Path) -> Path:
     with path.open("w", newline="") as lines:
         lines.write("emotion, pixels, Usage\n")
-        for usage in faces.CSV_SPLITS:
+        for usage in faces.SPLITS:
             for code in range(7):
                 lines.write(f"{code},{' '.join([str(code)] * 2304)},{usage}\n")
     return path
@@ -146,20 +180,81 @@ def fer_csv(path: Path) -> Path:
 
 def test_fer_2013_keeps_its_order_of_classes_and_is_mapped_by_name(tmp_path: Path) -> None:
     path = fer_csv(tmp_path / "fer2013.csv")
-    assert faces.load(path).labels.tolist() == [*range(7)] * 3
-    assert shades(expressions.fer_2013(path)["train"])["happy"] == [3]
-    names = ["angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"]
-    images = np.arange(7, dtype=np.uint8)[:, None, None].repeat(48, 1).repeat(48, 2)
-    path = tmp_path / "faces.npz"
-    np.savez(path, images=images, labels=np.arange(7), split=["train"] * 7, class_names=names)
+    names = ["angry", "disgust", "fear", "happy", "sad", "surprise", "neutral"]
     for index, name in enumerate(names):
         draw(tmp_path / "folders" / name / "a.png", index)
     expected = {BASIC[expressions.index_of(name) or 0]: [i] for i, name in enumerate(names)}
-    assert shades(expressions.fer_2013(path)["train"]) == expected
-    assert shades(expressions.fer_2013(tmp_path / "folders")["test"]) == expected
-    np.savez(path, images=images)
-    with pytest.raises(ValueError, match="lacks class_names, labels, split"):
-        faces.load(path)
+    parts = faces.fer_2013(path)
+    assert [*parts] == ["train", "validation", "test"]
+    assert all(shades(part) == expected for part in parts.values())
+    assert shades(faces.fer_2013(tmp_path / "folders")["test"]) == expected
+    path.write_text("emotion,pixel\n")
+    with pytest.raises(ValueError, match="lacks pixels, Usage: expected"):
+        faces.fer_2013(path)
+
+
+# Votes of a face, in the order of its authors' columns, and the expected shares; None: left out.
+COLUMNS = "neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF"
+VOTES = [
+    ("fer0.png", [2, 6, 0, 0, 0, 0, 1, 1, 0, 0], {"neutral": 0.25, "happy": 0.75}),
+    ("fer1.png", [0, 0, 0, 4, 0, 0, 4, 0, 2, 0], {"sad": 0.5, "fear": 0.5}),
+    ("fer2.png", [0, 0, 3, 0, 0, 0, 0, 3, 3, 1], {"surprise": 1.0}),
+    ("fer3.png", [3, 0, 0, 0, 0, 0, 0, 7, 0, 0], None),
+    ("fer4.png", [3, 0, 0, 0, 0, 0, 0, 0, 4, 0], None),
+    ("fer5.png", [1, 1, 1, 1, 1, 1, 1, 1, 1, 1], None),
+    ("", [0, 10, 0, 0, 0, 0, 0, 0, 0, 0], None),
+]
+
+
+def ferplus_csv(path: Path) -> Path:
+    """The votes beside `fer_csv`, the same for each part."""
+    fer_csv(path)
+    with path.with_name("fer2013new.csv").open("w", newline="") as lines:
+        lines.write(f"Usage,Image name,{COLUMNS}\n")
+        for usage in faces.SPLITS:
+            for name, votes, _ in VOTES:
+                lines.write(f"{usage},{name},{','.join(map(str, votes))}\n")
+    return path
+
+
+def test_ferplus_trains_on_shares_of_votes_and_is_tested_on_the_most_frequent(
+    tmp_path: Path,
+) -> None:
+    path = ferplus_csv(tmp_path / "fer2013.csv")
+    parts = faces.ferplus(path)
+    expected = [[shares.get(name, 0.0) for name in BASIC] for *_, shares in VOTES if shares]
+    torch.testing.assert_close(parts["train"].target, torch.tensor(expected))
+    assert shades(parts["test"]) == {"happy": [0], "fear": [1], "surprise": [2]}
+    assert not parts["test"].target.is_floating_point()
+    votes = path.with_name("fer2013new.csv")
+    votes.write_text(votes.read_text().replace("PrivateTest", "PublicTest"))
+    with pytest.raises(ValueError, match=r"fer2013new.csv must have the rows of .*: their Usage"):
+        faces.ferplus(path)
+    votes.unlink()
+    with pytest.raises(FileNotFoundError, match=r"fer2013new\.csv"):
+        faces.ferplus(path)
+
+
+def test_identical_pictures_of_two_parts_are_counted(tmp_path: Path) -> None:
+    for name, shade in {"a.png": 1, "b.png": 2, "c.png": 2, "d.png": 3}.items():
+        draw(tmp_path / "train" / "happy" / name, shade)
+    for name, shade in {"e.png": 2, "f.png": 3, "g.png": 4}.items():
+        draw(tmp_path / "test" / "sad" / name, shade)  # another name and class
+    parts = expressions.folder(tmp_path)
+    assert expressions.count_identical(parts["test"], parts["train"]) == 2
+    arrays = [np.full((48, 48), shade, np.uint8) for shade in range(5)]
+    train, test = (Part(some, torch.zeros(len(some))) for some in (arrays[:3], arrays[2:]))
+    assert expressions.count_identical(test, train) == 1
+    path = tmp_path / "test" / "sad" / "e.png"  # several faces of one picture
+    train, test = (Part([path], torch.zeros(1), [(0, 0, x, 9)]) for x in (8, 9))
+    assert expressions.count_identical(train, test) == 0
+    assert expressions.count_identical(train, train) == 1
+
+
+@pytest.mark.parametrize("suffix", sorted(expressions.SUFFIXES))
+def test_pictures_of_every_format_are_read(suffix: str, tmp_path: Path) -> None:
+    draw(tmp_path / "happy" / f"a{suffix.upper()}", 100)
+    assert shades(expressions.folder(tmp_path)["test"]) == {"happy": [pytest.approx(100, abs=2)]}
 
 
 def test_other_data_are_refused(tmp_path: Path) -> None:
@@ -199,16 +294,16 @@ def test_a_folder_with_the_file_of_fer_2013_is_told_to_give_the_file(tmp_path: P
     home = tmp_path / "archive"
     home.mkdir()
     with pytest.raises(ValueError, match=r"archive is not FER-2013: .* it holds nothing"):
-        expressions.fer_2013(home)
+        faces.fer_2013(home)
     path = fer_csv(home / "fer2013.csv")
     with pytest.raises(ValueError, match=rf"is a folder: give the file of FER-2013, {path}$"):
-        expressions.fer_2013(home)
-    with pytest.raises(ValueError, match=r"archive is not FER-2013: expected fer2013\.csv"):
-        faces.load(home)
+        faces.fer_2013(home)
+    with pytest.raises(ValueError, match=r"faces.npz is not FER-2013: expected fer2013\.csv"):
+        faces.fer_2013(tmp_path / "faces.npz")
     draw(tmp_path / "flat" / "a.png")
     with pytest.raises(
         ValueError, match=r"not FER-2013: looked for a folder of pictures per class"
     ):
-        expressions.fer_2013(tmp_path / "flat")
+        faces.fer_2013(tmp_path / "flat")
     draw(home / "train" / "happy" / "a.png")
-    assert expressions.fer_2013(home)["train"].counts(BASIC) == {"happy": 1}
+    assert faces.fer_2013(home)["train"].counts(BASIC) == {"happy": 1}
