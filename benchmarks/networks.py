@@ -75,9 +75,7 @@ def vector_classifier(kind: FeatureKind, num_classes: int) -> Classifier:
     return Classifier(body, 32, num_classes, neck=False)
 
 
-def backbone_classifier(
-    name: str, weights: Path | str | None, num_classes: int, *, neck: bool = False
-) -> Classifier:
+def backbone_classifier(name: str, weights: Path | str | None, num_classes: int) -> Classifier:
     """The pooled features of a model of timm in front of a new head.
 
     `weights` is a state dict to start from; None downloads the model's, "none" starts at random.
@@ -103,7 +101,7 @@ def backbone_classifier(
         if missing:
             raise ValueError(f"--weights {weights} lacks {len(missing)} of {name}, as {missing[0]}")
     dim = getattr(model, "head_hidden_size", None) or model.num_features
-    return Classifier(model, dim, num_classes, neck=neck)
+    return Classifier(model, dim, num_classes, neck=False)
 
 
 def complete_torchvision() -> None:

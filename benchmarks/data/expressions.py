@@ -184,18 +184,16 @@ def folder(
     return _parts(found, what, home)
 
 
-def raf_db(home: Path, class_names: Sequence[str] = BASIC, *, votes: bool = False) -> Parts:
+def raf_db(home: Path, class_names: Sequence[str] = BASIC) -> Parts:
     """RAF-DB: `EmoLabel/list_patition_label.txt` and `Image`, or folders, or the folder above.
 
-    `class_names` are in the order of RAF-DB's codes. `votes` takes shares of votes from
-    `distribution_basic.txt` as the training target.
+    `class_names` are in the order of RAF-DB's codes.
     """
     kind = "basic" if class_names is BASIC else "compound"
     home = home / kind if (home / kind).is_dir() else home
     what, listed = f"RAF-DB ({kind})", home / "EmoLabel" / "list_patition_label.txt"
     if listed.is_file():
-        parts = _parts(_raf_db_list(home, listed, len(class_names)), what, home)
-        return _with_votes(parts, listed.with_name("distribution_basic.txt")) if votes else parts
+        return _parts(_raf_db_list(home, listed, len(class_names)), what, home)
     if not {"train", "test"} & {*_splits(home)}:
         expected = "EmoLabel/list_patition_label.txt, or train/ and test/ with a folder per class"
         raise _unlike(what, home, expected)
@@ -220,22 +218,6 @@ def _raf_db_list(home: Path, listed: Path, classes: int) -> dict[str, list[Label
         path = home / "Image" / kind / f"{match[1]}{end}{match[3]}"
         found[match[2]].append((path, int(match[4]) - 1, None))
     return found
-
-
-def _with_votes(parts: Parts, path: Path) -> Parts:
-    shares = {}
-    for line in path.read_text().splitlines():
-        name, *votes = line.split()
-        shares[Path(name).stem] = [float(vote) for vote in votes[: len(BASIC)]]
-    try:
-        stems = [Path(str(one)).stem.removesuffix("_aligned") for one in parts["train"].pictures]
-        target = torch.tensor([shares[stem] for stem in stems])
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} has no seven shares for each training picture: {error}"
-        ) from error
-    target /= target.sum(1, keepdim=True)
-    return parts | {"train": parts["train"]._replace(target=target)}
 
 
 def affectnet(home: Path, order: Sequence[str] | None = None) -> Parts:

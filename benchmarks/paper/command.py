@@ -29,9 +29,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--ferplus", type=Path, help="fer2013.csv beside fer2013new.csv, to train on"
     )
-    parser.add_argument("--votes", action="store_true", help="train on RAF-DB's shares of votes")
     parser.add_argument(
-        "--affectnet-order", nargs="+", metavar="CLASS", help="of a copy with numbered classes"
+        "--affectnet-order", nargs="+", metavar="CLASS", help="classes of numbers 0, 1, ..."
     )
     parser.add_argument(
         "--test",
@@ -67,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
 
     accelerator = Accelerator(step_scheduler_with_optimizer=False)
-    names = ("model", "epochs", "batch_size", "size", "votes")
+    names = ("model", "epochs", "batch_size", "size", "affectnet_order")
     settings = {name: getattr(options, name) for name in names} | {
         "weights": options.weights and Path(options.weights).name,
         "precision": accelerator.mixed_precision,
@@ -104,12 +103,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _training_sets(options: Namespace) -> Iterator[TrainingSet]:
-    """The data sets to train on, with the paper's schedule and accuracies."""
-    raf_db = partial(expressions.raf_db, votes=options.votes)
+    """The data sets to train on, with the paper's schedule."""
     compound = partial(expressions.raf_db, class_names=COMPOUND)
     affectnet = partial(expressions.affectnet, order=options.affectnet_order)
     for home, read, name, class_names, epochs, drop_every in (
-        (options.raf_db, raf_db, "RAF-DB basic", BASIC, 60, 20),
+        (options.raf_db, expressions.raf_db, "RAF-DB basic", BASIC, 60, 20),
         (options.raf_db_compound, compound, "RAF-DB compound", COMPOUND, 60, 20),
         (options.affectnet, affectnet, "AffectNet", BASIC, 20, 5),
         (options.ferplus, faces.ferplus, "FERPlus", BASIC, 60, 20),

@@ -43,19 +43,13 @@ def raf_db_list(home: Path, class_names: Sequence[str] = BASIC, kind: str = "ali
 
 
 @pytest.mark.parametrize("kind", ["aligned", "original"])
-def test_raf_db_as_lists_and_with_votes(tmp_path: Path, kind: str) -> None:
+def test_raf_db_as_lists(tmp_path: Path, kind: str) -> None:
     home = raf_db_list(tmp_path / "basic", kind=kind)
     parts = expressions.raf_db(tmp_path)
     for part in parts.values():
         assert shades(part) == {
             name: pytest.approx([10 * (index + 1)], abs=2) for index, name in enumerate(BASIC)
         }
-    rows = [[3.0 if i == j else 1.0 for j in range(7)] for i in range(7)]
-    lines = [f"train_{i + 1:05}.jpg {' '.join(map(str, row))}" for i, row in enumerate(rows)]
-    (home / "EmoLabel" / "distribution_basic.txt").write_text("\n".join(lines))
-    parts = expressions.raf_db(tmp_path, votes=True)
-    torch.testing.assert_close(parts["train"].target, torch.tensor(rows) / 9)
-    assert not parts["test"].target.is_floating_point()
     (home / "EmoLabel" / "list_patition_label.txt").write_text("train_00001.jpg 8")
     with pytest.raises(ValueError, match=r"line 1: expected .* from 1 to 7, got 'train_00001.jpg"):
         expressions.raf_db(tmp_path)

@@ -117,7 +117,6 @@ def test_two_processes(tmp_path: Path) -> None:
     [
         ([], "nothing to train on: give one of --raf-db, --raf-db-compound, --affectnet"),
         (["--raf-db", "absent"], "absent is not RAF-DB"),
-        (["--raf-db", "raf", "--votes"], "distribution_basic.txt"),
         (["--raf-db", "raf", "--test", "raf"], "--test must be NAME=PATH, got 'raf'"),
         (["--raf-db", "raf", "--model", "resnet"], "must be a name of timm, got 'resnet'"),
         (["--raf-db", "raf", "--weights", "absent.pth"], "absent.pth is no state dict"),
