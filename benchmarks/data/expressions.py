@@ -40,6 +40,9 @@ AFFECTNET = (
     "uncertain", "non-face",
 )  # fmt: skip
 CK_PLUS = ("neutral", "anger", "contempt", "disgust", "fear", "happy", "sad", "surprise")
+# Names of folders of a part.
+SPLITS = dict.fromkeys(("train", "train_set", "training"), "train") | {"test": "test"}
+SPLITS |= dict.fromkeys(("val", "valid", "validation", "val_set", "valid_set"), "validation")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 Codes = Mapping[int, int | None]
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -148,13 +151,9 @@ def _parts(found: Mapping[str, Iterable[Labelled]], what: str, home: Path) -> Pa
 
 
 def _splits(home: Path) -> dict[str, Path]:
-    """Folders of parts by the name of the part: train_set, val, valid_set, Test and the like."""
-    return {
-        split: path
-        for path in sorted(home.glob("*/"))
-        for split in ("train", "validation", "test")
-        if path.name.lower().startswith(split[:3])
-    }
+    """Folders of parts by the name of the part."""
+    folders = {path.name.lower(): path for path in sorted(home.glob("*")) if path.is_dir()}
+    return {SPLITS[name]: path for name, path in folders.items() if name in SPLITS}
 
 
 def _pictures_in(home: Path) -> list[Path]:
@@ -204,9 +203,8 @@ def raf_db(home: Path, class_names: Sequence[str] = BASIC) -> Parts:
 
 
 def _raf_db_list(home: Path, listed: Path, classes: int) -> dict[str, list[Labelled]]:
-    kind, end = (
-        ("aligned", "_aligned") if (home / "Image" / "aligned").is_dir() else ("original", "")
-    )
+    end = "_aligned" if (home / "Image" / "aligned").is_dir() else ""
+    images = home / "Image" / (end.removeprefix("_") or "original")
     found: dict[str, list[Labelled]] = {"train": [], "test": []}
     for number, line in enumerate(listed.read_text().strip().splitlines(), 1):
         match = re.fullmatch(r"((train|test)_\w+)(\.\w+) (\d+)\s*", line)
@@ -215,7 +213,7 @@ def _raf_db_list(home: Path, listed: Path, classes: int) -> dict[str, list[Label
                 f"{listed}, line {number}: expected train_N.jpg or test_N.jpg and a code from 1 to "
                 f"{classes}, got {line!r}"
             )
-        path = home / "Image" / kind / f"{match[1]}{end}{match[3]}"
+        path = images / f"{match[1]}{end}{match[3]}"
         found[match[2]].append((path, int(match[4]) - 1, None))
     return found
 
