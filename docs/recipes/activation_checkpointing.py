@@ -1,7 +1,8 @@
-"""Activation checkpointing of the model's body, with the loss outside of it.
+"""Activation checkpointing, with the loss outside of the region.
 
-A checkpointed region runs twice, and a loss inside would move its centers twice. The head may be
-inside with `use_reentrant=False`; the other kind records no gradients.
+A checkpointed region runs twice, and a loss inside would move its
+centers twice. The head may be inside with `use_reentrant=False`; the
+other kind records no gradients.
 """
 
 import torch
@@ -17,7 +18,11 @@ class Checkpointed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(PATTERN_SIZE, 64), nn.ReLU(), nn.Linear(64, 16))
+        self.body = nn.Sequential(
+            nn.Linear(PATTERN_SIZE, 64),
+            nn.ReLU(),
+            nn.Linear(64, 16),
+        )
         self.head = nn.Linear(16, NUM_CLASSES)
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A compiled model, and a compiled step around model and loss."""
+"""`torch.compile` of a model, or of a step of model and loss."""
 
 import torch
 from data import NUM_CLASSES, PATTERN_SIZE, batches
@@ -8,12 +8,16 @@ from torch.nn.functional import cross_entropy
 from separate_loss import SeparateLoss, SoftmaxSeparateLoss
 
 torch.manual_seed(0)
-backbone = nn.Sequential(nn.Linear(PATTERN_SIZE, 64), nn.ReLU(), nn.Linear(64, 16))
+backbone = nn.Sequential(
+    nn.Linear(PATTERN_SIZE, 64),
+    nn.ReLU(),
+    nn.Linear(64, 16),
+)
 head = nn.Linear(16, NUM_CLASSES)
-optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=3e-3)
+model = nn.Sequential(backbone, head)
+optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 
 # The model alone.
-model = nn.Sequential(backbone, head)
 criterion = SoftmaxSeparateLoss(head)
 compiled_model = torch.compile(model, fullgraph=True)
 
@@ -34,7 +38,8 @@ separate = SeparateLoss(NUM_CLASSES, feature_dim=16)
 def joint_loss(inputs: Tensor, labels: Tensor) -> Tensor:
     """Softmax and separate loss of a batch."""
     features = backbone(inputs)
-    joint: Tensor = cross_entropy(head(features), labels) + separate(features, labels)
+    softmax = cross_entropy(head(features), labels)
+    joint: Tensor = softmax + separate(features, labels)
     return joint
 
 

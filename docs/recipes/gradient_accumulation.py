@@ -1,7 +1,8 @@
-"""Accumulates the gradients of several small batches for one step of the optimizer.
+"""Gradients of several small batches for one step of the optimizer.
 
-Each small batch moves the centers, as it moves BatchNorm's statistics. Its gradients are computed
-with the centers before that move.
+Each small batch moves the centers, as it moves BatchNorm's
+statistics. Its gradients are computed with the centers before that
+move.
 """
 
 import torch
@@ -14,13 +15,16 @@ ACCUMULATED = 4
 
 torch.manual_seed(0)
 model = nn.Sequential(
-    nn.Linear(PATTERN_SIZE, 64), nn.ReLU(), nn.Linear(64, 16), nn.Linear(16, NUM_CLASSES)
+    nn.Linear(PATTERN_SIZE, 64),
+    nn.ReLU(),
+    nn.Linear(64, 16),
+    nn.Linear(16, NUM_CLASSES),
 )
 criterion = SoftmaxSeparateLoss(model[-1])
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 
 losses = []
-for step, (inputs, labels) in enumerate(batches(400, size=16), start=1):
+for step, (inputs, labels) in enumerate(batches(400, size=16), 1):
     loss = criterion(model(inputs), labels)
     (loss / ACCUMULATED).backward()
     losses.append(loss.item())

@@ -1,7 +1,8 @@
-"""An optimizer that evaluates the loss many times per step: `torch.optim.LBFGS`.
+"""An optimizer that evaluates the loss many times per step: L-BFGS.
 
-Within a step the loss is in evaluation mode, so the centers are fixed and the optimizer minimises
-one function. After the step, one pass moves the centers.
+Within a step the loss is in evaluation mode, so the centers are fixed
+and the optimizer minimises one function. After the step, one pass
+moves the centers.
 """
 
 import torch
@@ -12,11 +13,18 @@ from separate_loss import SoftmaxSeparateLoss
 
 torch.manual_seed(0)
 model = nn.Sequential(
-    nn.Linear(PATTERN_SIZE, 64), nn.Tanh(), nn.Linear(64, 16), nn.Linear(16, NUM_CLASSES)
+    nn.Linear(PATTERN_SIZE, 64),
+    nn.Tanh(),
+    nn.Linear(64, 16),
+    nn.Linear(16, NUM_CLASSES),
 )
 criterion = SoftmaxSeparateLoss(model[-1])
-optimizer = torch.optim.LBFGS(model.parameters(), max_iter=5, line_search_fn="strong_wolfe")
-inputs, labels = (torch.cat(column) for column in zip(*batches(8), strict=True))
+optimizer = torch.optim.LBFGS(
+    model.parameters(),
+    max_iter=5,
+    line_search_fn="strong_wolfe",
+)
+inputs, labels = batches(1, size=512)[0]
 
 
 def closure() -> Tensor:
@@ -29,7 +37,8 @@ def closure() -> Tensor:
 
 losses = []
 for _ in range(20):
-    losses.append(criterion(model(inputs), labels).item())  # moves the centers
+    loss = criterion(model(inputs), labels)  # moves the centers
+    losses.append(loss.item())
     criterion.eval()
     optimizer.step(closure)
     criterion.train()

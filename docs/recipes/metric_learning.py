@@ -1,7 +1,8 @@
-"""Adds the separate loss to pytorch-metric-learning's triplet loss with one of its miners.
+"""pytorch-metric-learning: the separate loss beside a triplet loss.
 
-Both losses are called as `loss(embeddings, labels)`. Triplets compare single samples; the separate
-loss compares samples with centers. The centers then classify, without a head.
+Both are called as `loss(embeddings, labels)`. Triplets compare
+samples; the separate loss compares samples with centers. The centers
+then classify, without a head.
 """
 
 import torch
@@ -10,12 +11,15 @@ from pytorch_metric_learning.losses import TripletMarginLoss
 from pytorch_metric_learning.miners import TripletMarginMiner
 from torch import nn
 
-from separate_loss import SeparateLoss
-from separate_loss.functional import similarity
+from separate_loss import SeparateLoss, metrics
 
 torch.manual_seed(0)
-# The last layer is linear, so embeddings can be negative, as the separate loss requires.
-model = nn.Sequential(nn.Linear(PATTERN_SIZE, 64), nn.ReLU(), nn.Linear(64, 16))
+# The last layer is linear, so that embeddings can be negative.
+model = nn.Sequential(
+    nn.Linear(PATTERN_SIZE, 64),
+    nn.ReLU(),
+    nn.Linear(64, 16),
+)
 miner = TripletMarginMiner(margin=0.2, type_of_triplets="semihard")
 triplet = TripletMarginLoss(margin=0.2)
 separate = SeparateLoss(NUM_CLASSES, feature_dim=16)
@@ -25,22 +29,19 @@ losses, mined = [], []
 for inputs, labels in batches(150):
     embeddings = model(inputs)
     triplets = miner(embeddings, labels)  # only for the triplet loss
-    loss = triplet(embeddings, labels, triplets) + separate(embeddings, labels)
+    loss = triplet(embeddings, labels, triplets)
+    loss = loss + separate(embeddings, labels)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     losses.append(loss.item())
     mined.append(miner.num_triplets)
 
-correct, total = 0, 0
+inputs, labels = batches(1, size=1280)[0]
 with torch.no_grad():
-    for inputs, labels in batches(20):
-        nearest = similarity(model(inputs).unsqueeze(1), separate.centers).argmax(-1)
-        correct += int((nearest == labels).sum())
-        total += len(labels)
-
-accuracy = correct / total
-print(
-    f"loss {losses[0]:.3f} to {losses[-1]:.3f}, triplets mined {mined[0]} to {mined[-1]}, "
-    f"accuracy by nearest center {accuracy:.3f}"
-)
+    embeddings = model(inputs)
+nearest = metrics.nearest_center(embeddings, separate.centers)
+accuracy = float((nearest == labels).float().mean())
+print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}")
+print(f"triplets mined: {mined[0]} to {mined[-1]}")
+print(f"accuracy by nearest center {accuracy:.3f}")

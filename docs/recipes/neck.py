@@ -1,7 +1,8 @@
-"""A ResNet, whose features end in ReLU and pooling, with a neck: BatchNorm1d before the classifier.
+"""A ResNet with a neck: BatchNorm1d before the classifier.
 
-The neck makes features signed and similar in size. Watch the linear layer after it. A pretrained
-network with a neck gained with weights of 0.1 to 1, and lost with 3.
+Features after ReLU and pooling are never negative, and there centers
+cannot point away from each other. The neck makes features signed and
+similar in size. Watch the linear layer after it.
 """
 
 import timm
@@ -12,9 +13,15 @@ from torch import nn
 from separate_loss import SoftmaxSeparateLoss
 
 torch.manual_seed(0)
-model = timm.create_model("test_resnet", pretrained=False, num_classes=NUM_CLASSES, in_chans=1)
-model.fc = nn.Sequential(nn.BatchNorm1d(model.num_features), model.fc)
-criterion = SoftmaxSeparateLoss(model.fc[-1], separate_weight=0.3)
+model = timm.create_model(
+    "test_resnet",
+    pretrained=False,  # True loads weights for the body
+    num_classes=NUM_CLASSES,
+    in_chans=1,
+)
+neck = nn.BatchNorm1d(model.num_features)
+model.fc = nn.Sequential(neck, model.fc)
+criterion = SoftmaxSeparateLoss(model.fc[-1])
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 
 losses = []

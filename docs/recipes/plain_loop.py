@@ -1,4 +1,7 @@
-"""A plain training loop around a model that returns features and logits."""
+"""A training loop of your own; the model returns features and logits.
+
+Centers move only in training mode with gradients enabled.
+"""
 
 import torch
 from data import NUM_CLASSES, PATTERN_SIZE, batches
@@ -8,19 +11,24 @@ from torch.nn.functional import cross_entropy
 from separate_loss import SeparateLoss, metrics
 
 torch.manual_seed(0)
-backbone = nn.Sequential(nn.Linear(PATTERN_SIZE, 64), nn.ReLU(), nn.Linear(64, 16))
+backbone = nn.Sequential(
+    nn.Linear(PATTERN_SIZE, 64),
+    nn.ReLU(),
+    nn.Linear(64, 16),
+)
 head = nn.Linear(16, NUM_CLASSES)
 separate = SeparateLoss(NUM_CLASSES, feature_dim=16)
-optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=3e-3)
+parameters = [*backbone.parameters(), *head.parameters()]
+optimizer = torch.optim.Adam(parameters, lr=3e-3)
 
 for inputs, labels in batches(150):
     features = backbone(inputs)
-    loss = cross_entropy(head(features), labels) + separate(features, labels)
+    softmax = cross_entropy(head(features), labels)
+    loss = softmax + separate(features, labels)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
 
-# Centers move only in training mode with gradients enabled.
 separate.eval()
 statistics = metrics.ClassStatistics(NUM_CLASSES, feature_dim=16)
 correct, total = 0, 0
@@ -31,8 +39,9 @@ with torch.no_grad():
         correct += int((head(features).argmax(-1) == labels).sum())
         total += len(labels)
 
-means = statistics.class_centers()
 accuracy = correct / total
+means = statistics.class_centers()
 agreement = float(metrics.center_agreement(separate.centers, means))
 apart = float(metrics.inter_class_similarity(means))
-print(f"accuracy {accuracy:.3f}, center agreement {agreement:.3f}, between classes {apart:.3f}")
+print(f"accuracy {accuracy:.3f}, center agreement {agreement:.3f}")
+print(f"cosine between class means {apart:.3f}")

@@ -1,6 +1,7 @@
-"""Sharpness-aware minimisation (SAM): two passes per step, of which the first moves the centers.
+"""Sharpness-aware minimisation (SAM): two passes per step.
 
-The second pass runs with the loss in evaluation mode: gradients flow, and the centers do not move.
+The first pass moves the centers. The second runs with the loss in
+evaluation mode: gradients flow, and the centers do not move.
 """
 
 import torch
@@ -13,7 +14,10 @@ RADIUS = 0.05
 
 torch.manual_seed(0)
 model = nn.Sequential(
-    nn.Linear(PATTERN_SIZE, 64), nn.ReLU(), nn.Linear(64, 16), nn.Linear(16, NUM_CLASSES)
+    nn.Linear(PATTERN_SIZE, 64),
+    nn.ReLU(),
+    nn.Linear(64, 16),
+    nn.Linear(16, NUM_CLASSES),
 )
 criterion = SoftmaxSeparateLoss(model[-1])
 parameters = list(model.parameters())
@@ -23,10 +27,11 @@ losses = []
 for inputs, labels in batches(150):
     loss = criterion(model(inputs), labels)
     climb = torch.autograd.grad(loss, parameters)
-    length = torch.stack([gradient.norm() for gradient in climb]).norm()
+    norms = torch.stack([gradient.norm() for gradient in climb])
+    steps = [RADIUS / norms.norm() * gradient for gradient in climb]
     with torch.no_grad():
-        for parameter, gradient in zip(parameters, climb, strict=True):
-            parameter.add_(RADIUS / length * gradient)
+        for parameter, step in zip(parameters, steps, strict=True):
+            parameter.add_(step)
 
     optimizer.zero_grad()
     criterion.eval()
@@ -34,8 +39,8 @@ for inputs, labels in batches(150):
     criterion.train()
 
     with torch.no_grad():
-        for parameter, gradient in zip(parameters, climb, strict=True):
-            parameter.sub_(RADIUS / length * gradient)
+        for parameter, step in zip(parameters, steps, strict=True):
+            parameter.sub_(step)
     optimizer.step()
     losses.append(loss.item())
 

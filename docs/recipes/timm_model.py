@@ -1,7 +1,7 @@
-"""A timm model, which returns only logits: watch the layer `get_classifier()`.
+"""timm: watch the layer `get_classifier()`.
 
-The features of a vision transformer can be negative. Those of a ResNet, after ReLU and pooling,
-cannot: see neck.py.
+The features of a vision transformer can be negative. Those of a
+ResNet, after ReLU and pooling, cannot: see neck.py.
 """
 
 import timm
