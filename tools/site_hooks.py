@@ -19,9 +19,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     programs = list(dict.fromkeys(re.findall(r"\(recipes/(\w+)\.py\)", markdown)))
     markdown = re.sub(r"\(recipes/(\w+)\.py\)", r"(#\1)", markdown)
     parts = [markdown, "## Programs"]
-    for name in programs:
+    for name in sorted(programs, key="data".__eq__):
+        # The docstring's summary is the title, its rest the text above the code.
         source = (RECIPES / f"{name}.py").read_text()
-        parts.append(f"### `{name}.py` {{ #{name} }}\n\n```python\n{source}```")
+        docstring, code = source.split('"""', 2)[1:]
+        title, *text = docstring.strip().split("\n")
+        parts.append(f"### {title.rstrip('.')} {{ #{name} }}")
+        parts.append("\n".join(text))
+        parts.append(f"`{name}.py`:\n\n```python\n{code.strip()}\n```")
     return "\n\n".join(parts)
 
 
