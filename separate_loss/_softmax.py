@@ -198,10 +198,8 @@ class SoftmaxSeparateLoss(nn.Module):
             noted, dim, changed_by = _features.find(logits, self.class_dim, self._heads)
             features, sizes = noted.features, (self.feature_dim, self.num_classes)
             _checks.check_vectors("the head's input", features)
-            known = noted.head.class_dim == self.class_dim
-            _checks.check_head_input(
-                features.shape, noted.sizes, sizes, self.class_dim, known=known
-            )
+            shapes, known = (features.shape, noted.sizes), noted.head.class_dim == self.class_dim
+            _checks.check_head_input(*shapes, sizes, self.class_dim, known=known)
             feature_dim = dim_of(self.class_dim, features.shape)
             moving = noted.training and id(self) not in noted.moved
             # Logits that were detached from their graph are for logging.
@@ -312,9 +310,7 @@ def _size(layer: nn.Module, side: str) -> int | None:
     return next((size for size in sizes if isinstance(size, int) and size > 0), None)
 
 
-def _size_of(
-    name: str, given: int | None, layers: list[nn.Module], separate: nn.Module | None
-) -> int:
+def _size_of(name: str, given: int | None, layers: list[nn.Module], separate: object) -> int:
     """The argument, else the size of a ready loss, else that of the head's layers."""
     place, side = (-1, "out") if name == "num_classes" else (0, "in")
     found = _size(layers[place], side) if layers else None
