@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m examples.digits
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # The core tests on other releases, as in `make test-torch TORCH=2.6.0`.
 test-torch:

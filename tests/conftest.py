@@ -41,4 +41,5 @@ def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    terminalreporter.write_line(f"{properties.num_cases} cases drawn by Hypothesis")
+    if properties.num_cases:  # in this process
+        terminalreporter.write_line(f"{properties.num_cases} cases drawn by Hypothesis")

@@ -77,7 +77,9 @@ MISSING: list[tuple[Any, str, Callable[[], Any], Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("owner", "name", "use", "expected"), MISSING, ids=str)
+@pytest.mark.parametrize(
+    ("owner", "name", "use", "expected"), MISSING, ids=[case[1] for case in MISSING]
+)
 def test_each_function_has_a_fallback(
     owner: Any, name: str, use: Callable[[], Any], expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
