@@ -9,7 +9,7 @@ from torch.func import grad, jvp, vmap
 
 from separate_loss import SeparateLoss, SoftmaxSeparateLoss, separate_loss
 from separate_loss._triton import backend
-from tests.helpers.triton_steps import random_problem, uses_kernels
+from tests.helpers.triton_steps import random_problem, shrink_constants, uses_kernels
 
 pytestmark = [
     pytest.mark.usefixtures("triton_backend"),
@@ -56,6 +56,17 @@ def test_vmap_over_the_backward_pass() -> None:
         torch.testing.assert_close(
             (features_grad[i], centers_grad[i]), gradients(torch.tensor(i + 1.0))
         )
+
+
+def test_a_retained_graph_gives_the_same_gradients_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the unit centers are read in blocks."""
+    shrink_constants(monkeypatch)
+    problem = random_problem(5, 3, 20)
+    leaves = problem.requiring_grad()
+    loss = separate_loss(leaves[0], problem.target, leaves[1])
+    assert uses_kernels(loss)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), first, rtol=0, atol=0)
 
 
 def test_gradients_use_the_centers_before_the_update() -> None:
