@@ -190,7 +190,7 @@ def evaluate(
 
 def calibration_error(logits: Tensor, correct: Tensor, bins: int = 15) -> Tensor:
     """The expected calibration error: confidence minus accuracy, over bins of confidence."""
-    confidence = logits.double().softmax(-1).amax(-1)
+    confidence = logits.double().softmax(-1).amax(-1).nan_to_num(0.0)
     index = (confidence * bins).long().clamp(max=bins - 1)
     sums = confidence.new_zeros(bins).index_add_(0, index, confidence - correct.double())
     return sums.abs().sum() / len(logits)
