@@ -11,8 +11,6 @@ import subprocess
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
-from functools import partial
-from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -34,15 +32,12 @@ def make_parser(command: str, text: str | None, *, timing: bool = False) -> Argu
     stored.add_argument("--fresh", action="store_true", help="drop the results in --output")
     stored.add_argument("--redraw", action="store_true", help="write pages and plots from them")
     if timing:
-        threads = torch.get_num_threads()
-        parser.add_argument("--threads", type=int, default=threads, help="of the CPU")
         parser.add_argument("--quick", action="store_true", help="small sizes, briefly")
     return parser
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Versions, machine, threads and date."""
-    cuda = torch.device(device).type == "cuda"
     return {
         "separate_loss": f"{separate_loss.__version__}, sources {_source_digest()}",
         "commit": _commit(),
@@ -50,10 +45,8 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(device) if cuda else None,
-        "cuda": torch.version.cuda if cuda else None,
+        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
         "backend": os.environ.get("SEPARATE_LOSS_BACKEND"),
         "date": str(date.today()),
     }
@@ -84,11 +77,9 @@ def provenance(found: Mapping[str, Any]) -> str:
     device += f", backend {found['backend']}" if found.get("backend") else ""
     package = found["separate_loss"].split(", sources")[0]
     package += f" at commit {found['commit']}" if found.get("commit") else ""
-    return (
-        f"separate-loss {package}; torch {found['torch']}, "
-        f"Python {found['python']}, NumPy {found['numpy']}; {device}; {found['date']}"
-        f"{found.get('note', '')}"
-    )
+    versions = f"torch {found['torch']}, Python {found['python']}, NumPy {found['numpy']}"
+    date = found["date"] + found.get("note", "")
+    return f"separate-loss {package}; {versions}; {device}; {date}"
 
 
 class Results:
@@ -103,24 +94,25 @@ class Results:
     ) -> None:
         self.path: Path = options.output / f"{name}.json"
         self.redraw: bool = options.redraw
-        stored: dict[str, Any] = {}
+        if self.redraw and not self.path.exists():
+            raise SystemExit(f"{self.path} is missing: there is nothing to redraw")
+        now: dict[str, Any] = {}
+        if not self.redraw:
+            # Through JSON, so that settings compare equal to stored ones.
+            settings = json.loads(json.dumps(settings))
+            now = {"environment": environment(device), "settings": settings}
+        stored: dict[str, Any] = {**now, "measured": {}}
         if self.path.exists() and not options.fresh:
             stored = json.loads(self.path.read_text())
-        elif self.redraw:
-            raise SystemExit(f"{self.path} is missing: there is nothing to redraw")
-        # Through JSON, so that settings compare equal to stored ones.
-        now = {"settings": json.loads(json.dumps(settings)), "environment": environment(device)}
-        if stored and not self.redraw:
-            for kind, key in ((one, key) for one in now for key in now[one]):
-                then, new = stored[kind].get(key), now[kind][key]
-                if key not in {"date", "commit"} and then != new:
-                    raise SystemExit(
-                        f"{self.path} holds results for {key} {then!r}, and this run has {new!r}: "
-                        "pass --fresh to drop them, or another --output"
-                    )
-        self.settings: dict[str, Any] = (stored or now)["settings"]
-        self.environment: dict[str, Any] = (stored or now)["environment"]
-        self.measured: dict[str, Any] = stored.get("measured", {})
+        for kind, key in ((kind, key) for kind, found in now.items() for key in found):
+            then, new = stored[kind].get(key), now[kind][key]
+            if key not in {"date", "commit"} and then != new:
+                raise SystemExit(
+                    f"{self.path} holds results for {key} {then!r}, and this run has {new!r}: "
+                    "pass --fresh to drop them, or another --output"
+                )
+        self.environment, self.settings = stored["environment"], stored["settings"]
+        self.measured: dict[str, Any] = stored["measured"]
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
         """The stored result of this name; measured and stored where there is none."""
@@ -128,22 +120,10 @@ class Results:
             if self.redraw:
                 raise SystemExit(f"{self.path} has no results for {name}")
             self.measured[name] = json.loads(json.dumps(measure(), allow_nan=False))
-            self.save()
+            self._save()
         return self.measured[name]
 
-    def each(
-        self, sizes: Sequence[Any], names: Iterable[str], measure: Callable[[Any, str], Any]
-    ) -> dict[Any, dict[str, Any]]:
-        """`once` for each size and name; of names that are not stored, none is redrawn."""
-        first = f"{sizes[0]} "
-        names = [name for name in names if not self.redraw or first + name in self.measured]
-        found: dict[Any, dict[str, Any]] = {size: {} for size in sizes}
-        for number, (size, name) in enumerate(product(sizes, names), 1):
-            print(f"[{number}/{len(sizes) * len(names)}] {size} {name}", flush=True)
-            found[size][name] = self.once(f"{size} {name}", partial(measure, size, name))
-        return found
-
-    def save(self) -> None:
+    def _save(self) -> None:
         """Writes the file, one measurement a line."""
         parts = {"environment": self.environment, "settings": self.settings}
         head = json.dumps(parts, indent=1, allow_nan=False).removesuffix("\n}")
@@ -173,10 +153,8 @@ def format_time(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
-def format_memory(size: int | None) -> str:
+def format_memory(size: float) -> str:
     """Three significant digits in MiB or GiB."""
-    if size is None:
-        return "-"
     return f"{size / 2**30:,.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
 
 

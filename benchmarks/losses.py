@@ -4,9 +4,8 @@ No maintained library has these baselines; they are written as their repositorie
 takes features (N, d) and class indices (N,), and returns a scalar. Centers are parameters.
 
 Y. Wen, K. Zhang, Z. Li, Y. Qiao, "A Discriminative Feature Learning Approach for Deep Face
-Recognition", ECCV 2016. J. Cai et al., "Island Loss for Learning Discriminative Features in Facial
-Expression Recognition", FG 2018. A. Hermans, L. Beyer, B. Leibe, "In Defense of the Triplet Loss
-for Person Re-Identification", 2017.
+Recognition", ECCV 2016. A. Hermans, L. Beyer, B. Leibe, "In Defense of the Triplet Loss for Person
+Re-Identification", 2017.
 """
 
 from collections.abc import Callable
@@ -18,8 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from separate_loss import SeparateLoss, SoftmaxSeparateLoss
-
-Form = Literal["simplex", "paper"]
 
 
 class _CenterDistance(torch.autograd.Function):
@@ -82,19 +79,7 @@ class CenterLossByMatrix(_Centers):
         return (distances * own).clamp(1e-12, 1e12).sum() / len(features)
 
 
-class IslandLoss(CenterLoss):
-    """Cai et al., FG 2018: center loss, plus the sum of cos(c_k, c_j) + 1 over ordered pairs."""
-
-    def __init__(self, num_classes: int, feature_dim: int, island_weight: float = 10.0) -> None:
-        super().__init__(num_classes, feature_dim)
-        self.island_weight = island_weight
-
-    def forward(self, features: Tensor, target: Tensor) -> Tensor:
-        pairs = _sum_over_pairs(F.normalize(self.centers, dim=1))
-        return super().forward(features, target) + self.island_weight * pairs
-
-
-class TextbookSeparateLoss(_Centers):
+class SeparateLossOverPairs(_Centers):
     """Eq. 2 and 3 of the separate loss as written, under autograd: a matrix of all pairs (C, C)."""
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
@@ -102,13 +87,9 @@ class TextbookSeparateLoss(_Centers):
         unit_centers = F.normalize(self.centers, dim=1)
         cosines = (F.normalize(features, dim=1) * unit_centers[target]).sum(1)
         intra = 1 - (cosines + 1).mean() / 2
-        return intra + _sum_over_pairs(unit_centers) / (2 * num_classes * (num_classes - 1))
-
-
-def _sum_over_pairs(unit_centers: Tensor) -> Tensor:
-    """The sum of cosine + 1 over ordered pairs of different centers."""
-    cosines = unit_centers @ unit_centers.T + 1
-    return cosines.sum() - cosines.diagonal().sum()
+        pairs = unit_centers @ unit_centers.T + 1
+        inter = (pairs.sum() - pairs.diagonal().sum()) / (2 * num_classes * (num_classes - 1))
+        return intra + inter
 
 
 class BatchHardTripletLoss(nn.Module):
@@ -135,34 +116,22 @@ class BatchHardTripletLoss(nn.Module):
         return loss
 
 
-def _separate(
-    form: Form, center_update: Literal["forward", "gradient"], num_classes: int, feature_dim: int
-) -> nn.Module:
-    criterion = SeparateLoss(num_classes, feature_dim, form=form, center_update=center_update)
-    with torch.no_grad():
-        criterion.centers.normal_()  # as in the middle of a training
-    return criterion
-
-
 class _Head(nn.Module):
-    """A linear layer and a loss of its logits; without a form, cross-entropy alone."""
+    """A linear layer and a loss of its logits."""
 
-    def __init__(self, form: Form | None, num_classes: int, feature_dim: int) -> None:
+    def __init__(
+        self, criterion: Callable[[nn.Linear], nn.Module], num_classes: int, feature_dim: int
+    ) -> None:
         super().__init__()
         self.head = nn.Linear(feature_dim, num_classes)
-        self.criterion: nn.Module = nn.CrossEntropyLoss()
-        if form is not None:
-            self.criterion = SoftmaxSeparateLoss(self.head, form=form)
-            with torch.no_grad():
-                self.criterion.separate.centers.normal_()
+        self.criterion = criterion(self.head)
 
     def forward(self, features: Tensor, target: Tensor) -> Any:
         return self.criterion(self.head(features), target)
 
 
-# pytorch-metric-learning is imported only when measured: it takes seconds.
 def _pml(name: str, num_classes: int, feature_dim: int) -> nn.Module:
-    from pytorch_metric_learning import losses  # noqa: PLC0415
+    from pytorch_metric_learning import losses  # noqa: PLC0415 - takes seconds
 
     loss: nn.Module = getattr(losses, name)(num_classes, feature_dim)
     return loss
@@ -175,36 +144,31 @@ class Loss(NamedTuple):
     # Whether a step of SGD moves its parameters. Heads and proxies only get their gradient.
     sgd: bool = False
     compiled: bool = False
-    pairs: bool = False  # allocates matrices of all pairs of classes
 
 
-def _ours(form: Form) -> dict[str, Loss]:
-    forward, gradient = (partial(_separate, form, update) for update in ("forward", "gradient"))
-    joint = partial(_Head, form)
-    return {
-        f"SeparateLoss, {form}": Loss(forward),
-        f"SeparateLoss, {form}, compiled": Loss(forward, compiled=True),
-        f"SeparateLoss, {form}, gradient": Loss(gradient, sgd=True),
-        f"SeparateLoss, {form}, gradient, compiled": Loss(gradient, sgd=True, compiled=True),
-        # Ends with the gradient of the centers, as the floor does.
-        f"SeparateLoss, {form}, gradient, no step": Loss(gradient),
-        f"SoftmaxSeparateLoss, {form}": Loss(joint),
-        f"SoftmaxSeparateLoss, {form}, compiled": Loss(joint, compiled=True),
+FORMS: dict[str, Literal["simplex", "paper"]] = {"simplex form": "simplex", "paper's form": "paper"}
+PAIRS = "separate loss, sum over pairs"
+LOSSES: dict[str, Loss] = {}
+for title, form in FORMS.items():
+    # No center is zero, as in the middle of a training.
+    ours = partial[nn.Module](SeparateLoss, form=form, center_init="sphere")
+    joint = partial(_Head, partial(SoftmaxSeparateLoss, form=form, center_init="sphere"))
+    gradient = partial(ours, center_update="gradient")
+    LOSSES |= {
+        f"SeparateLoss, {title}": Loss(ours),
+        f"SeparateLoss, {title}, compiled": Loss(ours, compiled=True),
+        f"SeparateLoss, {title}, gradient": Loss(gradient, sgd=True),
+        f"SoftmaxSeparateLoss, {title}": Loss(joint),
+        f"SoftmaxSeparateLoss, {title}, compiled": Loss(joint, compiled=True),
     }
-
-
-LOSSES = {
-    **_ours("simplex"),
-    **_ours("paper"),
-    "textbook": Loss(TextbookSeparateLoss, sgd=True, pairs=True),
-    "textbook, compiled": Loss(TextbookSeparateLoss, sgd=True, compiled=True, pairs=True),
+LOSSES |= {
+    PAIRS: Loss(SeparateLossOverPairs, sgd=True),
     "center loss": Loss(CenterLoss, sgd=True),
     "center loss by gather": Loss(CenterLossByGather, sgd=True),
     "center loss by matrix": Loss(CenterLossByMatrix, sgd=True),
-    "island loss": Loss(IslandLoss, sgd=True, pairs=True),
     "triplet, batch-hard": Loss(lambda *_: BatchHardTripletLoss()),
     "PML ProxyAnchor": Loss(partial(_pml, "ProxyAnchorLoss")),
     "PML CosFace": Loss(partial(_pml, "CosFaceLoss")),
     "PML ArcFace": Loss(partial(_pml, "ArcFaceLoss")),
-    "cross-entropy head": Loss(partial(_Head, None)),
+    "cross-entropy head": Loss(partial(_Head, lambda _: nn.CrossEntropyLoss())),
 }

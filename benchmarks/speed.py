@@ -1,92 +1,120 @@
-"""What does a step cost? Forward, backward and moved centers, beside other losses and the floor.
+"""What a step costs on a CPU: forward, backward and moved centers.
 
-The floor is what any implementation must do that returns a gradient for the centers, or new ones:
-read them once, then write a new tensor of their size. About 12 minutes; --quick takes one.
+`speed` compares losses, in about 12 minutes on two cores; `scale` shows how time and memory grow
+with classes, in about 4. Each loss at each size has a process of its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from statistics import median, quantiles
+from multiprocessing import get_context
 from typing import Any
 
-import torch
+from matplotlib.figure import Figure
 
-from benchmarks.harness import Results, format_time, make_parser, provenance, table, write
-from benchmarks.losses import LOSSES
-from benchmarks.steps import Size, draw_batch, measure, measure_step, prepare, prepare_training
+from benchmarks import harness, steps
+from benchmarks.harness import Results, format_memory, format_time
+from benchmarks.losses import FORMS, LOSSES, PAIRS
+from benchmarks.steps import ONCE, Size
 
-SIZES = ((32, 64, 7), (128, 512, 7), (256, 512, 1_000), (256, 512, 10_000), (512, 512, 100_000))
-BATCH_SIZE, REPEATS = 32, 5  # of the ResNet-18 step
+SIZES = [(32, 64, 7), (128, 512, 7), (256, 512, 1_000), (256, 512, 10_000), (512, 512, 100_000)]
+GROWTH = [(256, 128, 1_000 * n) for n in (1, 3, 10, 30, 100, 300, 1_000)]
+GROWING = [f"SeparateLoss, {form}{how}" for form in FORMS for how in ("", ", gradient")]
+MOST_PAIRED = 30_000  # classes, whose matrices of all pairs take 7 GiB
+IMAGES, BATCH_SIZE = 112, 32  # of the ResNet-18 step
 
+Row = Mapping[str, float]
+Found = Mapping[str, Mapping[Size, Row | None]]  # None where a loss was not measured
 
-def main(arguments: list[str] | None = None) -> None:
-    """Parses the command line, measures what is not yet measured, and writes both files."""
-    parser = make_parser("speed", __doc__, timing=True)
-    parser.add_argument("--sizes", nargs="+", metavar="N,d,C", help="in place of the usual ones")
-    parser.add_argument("--images", type=int, default=112, help="pixels, for the ResNet-18 step")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    given = [[int(number) for number in size.split(",")] for size in options.sizes or ()]
-    settings = {
-        "sizes": given or (SIZES[:3] if options.quick else SIZES),
-        "seconds": 0.04 if options.quick else 0.5,
-        "images": options.images,
-    }
-    results = Results(options, "speed", settings, "cpu")
-    seconds, sizes = settings["seconds"], [Size(*size) for size in results.settings["sizes"]]
-    losses = [name for name, loss in LOSSES.items() if not (options.quick and loss.compiled)]
-    found = results.each(sizes, losses, partial(measure_step, seconds=seconds))
-    ours = next(iter(found[sizes[0]]))
-    resnet = results.once("ResNet-18", partial(measure_resnet, ours, options.images, seconds))
-
-    parts = ["# What a step costs", provenance(results.environment)]
-    parts += [f"## (N, d, C) = {size}\n\n{_times(times)}" for size, times in found.items()]
-    parts += ["## A ResNet-18 step", _resnet(ours, resnet)]
-    write(options.output / "speed.md", "\n\n".join(parts) + "\n")
-    print(f"\nWritten to {options.output}")
+FIGURES: dict[str, Callable[[Row], str]] = {
+    "time": lambda row: format_time(row["median"]),
+    "time between quartiles": lambda row: format_time(row["iqr"]) if row["runs"] > 1 else "-",
+    "peak memory beyond the inputs": lambda row: format_memory(row["peak"]) if row["peak"] else "-",
+}
 
 
-def measure_resnet(loss: str, images: int, seconds: float) -> dict[str, Any]:
-    """Times of a training step of ResNet-18, and of the loss alone, which adds less than noise."""
-    step = prepare_training(["cross-entropy head"], images, BATCH_SIZE, autocast=False)
-    without = [measure(step, seconds)["median"] for _ in range(REPEATS)]
-    alone = measure(prepare(loss, *draw_batch(Size(BATCH_SIZE, 512, 7)), 7), seconds)
-    return {"images": images, "batch_size": BATCH_SIZE, "without": without, "alone": alone}
+def speed(arguments: list[str] | None = None) -> None:
+    """Measures all losses, and the share of the first in a ResNet-18 step; writes speed.md."""
+    results, found = _measure_all("speed", [*LOSSES, ONCE], SIZES, arguments)
+    loss, seconds = next(iter(found)), results.settings["seconds"]
 
+    def measure_resnet() -> list[Row]:  # apart: the loss adds less than noise
+        step = steps.prepare_training(["cross-entropy head"], IMAGES, BATCH_SIZE, autocast=False)
+        alone = steps.prepare(loss, *steps.draw_batch(Size(BATCH_SIZE, 512, 7)), 7)
+        return [steps.measure(one, seconds) for one in (step, alone)]
 
-def _times(found: Mapping[str, Any]) -> str:
-    """Time, spread, and the ratios to the floor and to the first loss."""
-    floors = [one["floor"] for one in found.values() if "floor" in one]
-    reference = next(iter(found))
-    ours, floor = found[reference]["median"], median(floors)
-    ratios = "1", _ratio(floor, ours)
-    rows = [["*the floor*", format_time(floor), _spread(floors), len(floors), *ratios]]
-    for name, one in found.items():
-        if "skipped" in one:
-            rows.append([f"{name}: {one['skipped']}", *"-----"])
-        else:
-            spread = format_time(one["iqr"]) if one["runs"] > 1 else "-"
-            ratios = _ratio(one["median"], one["floor"]), _ratio(one["median"], ours)
-            rows.append([name, format_time(one["median"]), spread, one["runs"], *ratios])
-    header = ["", "median", "between quartiles", "runs", "/ floor", f"/ {reference}"]
-    return table(header, rows)
-
-
-def _resnet(loss: str, found: Mapping[str, Any]) -> str:
-    """The share of the loss in a training step."""
-    without, alone, images = median(found["without"]), found["alone"]["median"], found["images"]
-    return (
-        f"Forward, backward and SGD on {found['batch_size']} images of {images} x {images}, 7 "
-        f"classes: {format_time(without)}, between quartiles {_spread(found['without'])}. "
-        f"{loss}, alone: {format_time(alone)}, {alone / without:.2%} of it."
+    step, alone = (one["median"] for one in results.once("ResNet-18", measure_resnet))
+    text = (
+        f"Forward, backward and SGD of ResNet-18 take {format_time(step)} on {BATCH_SIZE} images "
+        f"of {IMAGES} x {IMAGES}. {loss}, for 7 classes, takes {format_time(alone)}, "
+        f"{alone / step:.2%} of it."
     )
+    _write("What a step costs", results, found, [*FIGURES][:2], text)
 
 
-def _ratio(first: float, second: float) -> str:
-    ratio = first / second
-    return f"{ratio:.3g}" if ratio < 1000 else f"{ratio:,.0f}"
+def scale(arguments: list[str] | None = None) -> None:
+    """Measures some losses over classes; writes scale.md and cost.svg."""
+    results, found = _measure_all("scale", [*GROWING, PAIRS, ONCE], GROWTH, arguments)
+    _write("How cost grows", results, found, FIGURES)
+    harness.save_svg(_draw(found), results.path.with_name("cost.svg"))
 
 
-def _spread(times: Sequence[float]) -> str:
-    low, _, high = quantiles(times, method="inclusive")
-    return format_time(high - low)
+def _measure_all(
+    command: str, losses: Iterable[str], sizes: Sequence[Any], arguments: list[str] | None
+) -> tuple[Results, Found]:
+    """Parses the command line, and measures what is not yet measured."""
+    options = harness.make_parser(command, __doc__, timing=True).parse_args(arguments)
+    settings: dict[str, Any] = {"losses": losses, "sizes": sizes, "seconds": 0.5}
+    if options.quick:
+        few = [name for name in losses if not name.endswith("compiled")]
+        settings = {"losses": few, "sizes": sizes[:3], "seconds": 0.05}
+    results = Results(options, command, settings, "cpu")
+    names, sizes, seconds = results.settings.values()
+    found: dict[str, dict[Size, Row | None]] = {name: {} for name in names}
+    for size in map(Size._make, sizes):
+        for name in names:
+            found[name][size] = results.once(f"{size} {name}", partial(_measure, seconds, size, name))
+    return results, found
+
+
+def _measure(seconds: float, size: Size, name: str) -> Row | None:
+    """In a new process, where nothing was allocated before; None for too many pairs of classes."""
+    print(size, name, flush=True)
+    if name == PAIRS and size.num_classes > MOST_PAIRED:
+        return None
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.steps"])
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(steps.measure_step, size, name, seconds).result()
+
+
+def _write(title: str, results: Results, found: Found, figures: Iterable[str], *end: str) -> None:
+    """A page with a table for each of some `FIGURES`."""
+    sizes = "Sizes are (samples, features, classes)."
+    parts = [f"# {title}", harness.provenance(results.environment), sizes]
+    for figure in figures:
+        lines = [
+            [name, *(FIGURES[figure](one) if one else "-" for one in rows.values())]
+            for name, rows in found.items()
+        ]
+        parts.append(harness.table([figure, *map(str, found[ONCE])], lines))
+    path = results.path.with_suffix(".md")
+    harness.write(path, "\n\n".join([*parts, *end]) + "\n")
+    print(f"\nWritten to {path.parent}")
+
+
+def _draw(found: Found) -> Figure:
+    """Time and memory over classes."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    units = {"median": ("milliseconds a step", 1e3), "peak": ("MiB beyond the inputs", 2**-20)}
+    for axes, (key, (title, unit)) in zip(panels, units.items(), strict=True):
+        for name, rows in found.items():
+            shown = {size: unit * row[key] for size, row in rows.items() if row and row[key]}
+            classes, style = [size.num_classes for size in shown], "k--" if name == ONCE else "o-"
+            axes.loglog(classes, [*shown.values()], style, label=name)
+        axes.set(xlabel="classes", title=title)
+        axes.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    return figure

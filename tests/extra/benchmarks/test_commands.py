@@ -4,22 +4,20 @@ import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from scipy import stats  # type: ignore[import-untyped]
 
-from benchmarks import gpu, harness, scale, speed, steps
+from benchmarks import gpu, harness, speed
 from benchmarks.__main__ import main
-from benchmarks.losses import LOSSES
+from benchmarks.losses import LOSSES, PAIRS
+from benchmarks.steps import ONCE
 from examples import digits
 from separate_loss._triton import backend
-from separate_loss._triton import step as triton_step
 
 SHOWN = Path(__file__).parents[3] / "docs" / "benchmarks"
 
@@ -39,43 +37,51 @@ def edit(path: Path, kept: str, lost: str) -> None:
     path.write_text(json.dumps(found))
 
 
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+
+
+@pytest.mark.usefixtures("one_process")
 def test_speed_resumes_and_refuses_other_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = ("SeparateLoss, simplex", "center loss", "textbook", "cross-entropy head")
+    few = ("SeparateLoss, simplex form", "center loss", PAIRS, "cross-entropy head")
     monkeypatch.setattr(speed, "LOSSES", {name: LOSSES[name] for name in few})
-    monkeypatch.setattr(speed, "REPEATS", 2)
-    options = ["--quick", "--sizes", "8,4,3", "--threads", "1", "--output", str(tmp_path)]
+    monkeypatch.setattr(speed, "SIZES", [(8, 4, 3)])
     monkeypatch.setattr(speed, "BATCH_SIZE", 2)
-    main(["speed", *options, "--images", "32"])
-    edit(tmp_path / "speed.json", "(8, 4, 3) center loss", "(8, 4, 3) textbook")
-    main(["speed", *options, "--images", "32"])
+    monkeypatch.setattr(speed, "IMAGES", 32)
+    options = ["speed", "--quick", "--output", str(tmp_path)]
+    main(options)
+    edit(tmp_path / "speed.json", "(8, 4, 3) center loss", f"(8, 4, 3) {PAIRS}")
+    main(options)
     page = (tmp_path / "speed.md").read_text()
     assert f"torch {torch.__version__}" in page
     assert "| center loss | 123 s |" in page
-    assert re.search(r"\| textbook \| [\d.]+ (us|ms) \|", page)
-    assert re.search(r"alone: [\d.]+ (us|ms), [\d.]+% of it", page)
-    with pytest.raises(SystemExit, match=r"holds results for images 32, .* --fresh"):
-        main(["speed", *options, "--images", "48"])
+    for name in (few[0], PAIRS, ONCE):
+        assert re.search(rf"\| {name} \| [\d.]+ (us|ms) \|", page)
+    assert re.search(r"form, for 7 classes, takes [\d.]+ (us|ms), [\d.]+% of it", page)
+    monkeypatch.setattr(speed, "SIZES", [(8, 4, 4)])
+    with pytest.raises(SystemExit, match=r"holds results for sizes .* --fresh"):
+        main(options)
 
 
+@pytest.mark.usefixtures("one_process")
 def test_scale_resumes_and_leaves_out_what_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scale, "CLASSES", 20)
-    few = ("simplex", "textbook")
-    monkeypatch.setattr(scale, "FORMS", {name: scale.FORMS[name] for name in few})
-    monkeypatch.setattr(scale, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
-    monkeypatch.setattr(scale, "_draw", lambda *_: Figure())  # drawn in the next test
-    # Enough for pairs of 20 classes, not of 30.
-    monkeypatch.setattr(steps, "free_memory", lambda: 6_000)
-    options = ["--quick", "--classes", "10", "30", "--samples", "8", "--threads", "1"]
-    main(["scale", *options, "--output", str(tmp_path)])
-    edit(tmp_path / "scale.json", "(256, 128, 10) textbook", "(8, 128, 20) simplex")
-    main(["scale", *options, "--output", str(tmp_path)])
-    page = (tmp_path / "scale.md").read_text()
-    assert "| 123 s |" in page
-    assert "| does not fit |" in page
+    monkeypatch.setattr(speed, "GROWING", ["SeparateLoss, simplex form"])
+    monkeypatch.setattr(speed, "GROWTH", [(8, 4, 10), (8, 4, 30)])
+    monkeypatch.setattr(speed, "MOST_PAIRED", 20)
+    options = ["scale", "--quick", "--output", str(tmp_path)]
+    main(options)
+    kept, lost = f"(8, 4, 10) {PAIRS}", "(8, 4, 30) SeparateLoss, simplex form"
+    edit(tmp_path / "scale.json", kept, lost)
+    main(options)
+    assert f"| {PAIRS} | 123 s | - |" in (tmp_path / "scale.md").read_text()
+    assert lost in json.loads((tmp_path / "scale.json").read_text())["measured"]
+    drawn = (tmp_path / "cost.svg").read_text()
+    assert all(name in drawn for name in (PAIRS, ONCE, "SeparateLoss, simplex form"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -84,52 +90,43 @@ def test_gpu_says_that_it_needs_one() -> None:
         main(["gpu"])
 
 
-def test_gpu_on_a_cpu_measures_what_it_can_and_writes_its_section(
+def test_gpu_on_a_cpu_measures_everything_and_writes_its_section(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Kernels fail without the interpreter, which leaves the other rows."""
-    monkeypatch.setattr(triton_step, "INTERPRETED", False)
-    monkeypatch.setattr(gpu, "STEPS", 2)
+    """Kernels run in the interpreter."""
+    monkeypatch.setattr(backend, "BACKEND", "auto")
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "STEPS", 1)
+    monkeypatch.setattr(gpu, "IMAGES", ((32, 4),))
     monkeypatch.setattr(gpu, "SIZES", ((8, 4, 3),))
     monkeypatch.setattr(gpu, "OURS", [one for one in gpu.OURS if "compiled" not in one])
     page, output = tmp_path / "cost.md", ["--output", str(tmp_path)]
     page.write_text(f"Before.\n\n{gpu.BEGIN}\nold\n{gpu.END}\n\nAfter.\n")
     monkeypatch.setattr(gpu, "PAGE", page)
-    main(["gpu", "--device", "cpu", "--quick", "--threads", "1", *output])
+    main(["gpu", "--quick", *output])
     assert "Before.\n\n" in page.read_text()
     assert "old" in page.read_text()  # which only a full run on a GPU changes
-    assert backend.BACKEND == "auto"
     found = json.loads((tmp_path / "gpu.json").read_text())
     training, losses = found["measured"].values()
-    cannot = {name for name, row in (training | losses).items() if "failed" in row}
-    assert cannot == {name for name in gpu.OURS if name.endswith(gpu.KERNELS)}
-    for row in (row for row in losses.values() if "failed" not in row):
+    assert set(training) == set(gpu.TRAININGS)
+    assert set(losses) > {*gpu.OURS, *gpu.PEERS}
+    for row in losses.values():
         low, median, high = row["host"]
         assert 0 < low <= median <= high
-        assert row["steps"] == 2 * gpu.STEPS
+        assert row["steps"] == 2
         assert row["launches"] > 0
     found["environment"]["gpu"], found["settings"]["turns"] = "A card", gpu.TURNS
     (tmp_path / "gpu.json").write_text(json.dumps(found))
     capsys.readouterr()
     main(["gpu", "--redraw", *output])
-    section = capsys.readouterr().out.split("\n(8, 4, 3)\n")[1]
-    assert page.read_text() == f"Before.\n\n{gpu.BEGIN}\n\n{section}\n{gpu.END}\n\nAfter.\n"
+    section = capsys.readouterr().out.strip()
+    assert page.read_text() == f"Before.\n\n{gpu.BEGIN}\n\n{section}\n\n{gpu.END}\n\nAfter.\n"
     assert re.search(
         r"torch .*; A card; \d+-\d+-\d+\.\n\n\| ResNet-18, 4 x 3 x 32 x 32 \|", section
     )
-    assert re.search(
-        r"\| center loss by gather \|( [\d.]+ .s \([^|]*\) \|){2} [\d.]+ .s \| \d+ \|", section
-    )
-    assert "| SeparateLoss, simplex, kernels | - | - | - | - |" in section
-
-
-def test_gpu_runs_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the interpreter."""
-    monkeypatch.setattr(gpu, "STEPS", 1)
-    monkeypatch.setattr(gpu, "OURS", [one for one in gpu.OURS if one.endswith(gpu.KERNELS)])
-    found = gpu._measure(partial(gpu._losses, steps.Size(8, 4, 3)), "cpu", 2)
-    assert [name for name, row in found.items() if "failed" in row] == []
-    assert backend.BACKEND == "auto"
+    spread = r"( [\d.]+ [mu]?s \([^|]*\) \|){2} [\d.]+ [mu]?s \| \d+ \|"
+    for name in ("center loss by gather", "SeparateLoss, simplex form, kernels"):
+        assert re.search(rf"\| {name} \|{spread}", section)
 
 
 @pytest.mark.parametrize("name", ["speed", "scale"])

@@ -74,23 +74,8 @@ def test_center_loss_by_matrix_equals_its_formula(target: Tensor) -> None:
     np.testing.assert_allclose(grad_centers, step, atol=1e-12)
 
 
-def test_island_loss_equals_its_formula(target: Tensor) -> None:
-    """Cai et al., Eq. 6."""
-    loss, grad, grad_centers, features, centers = run(losses.IslandLoss(5, 6, 3.0), target)
-    pairs, step = 0.0, center_step(features, target, centers, True)
-    for j, k in ((j, k) for j in range(5) for k in range(5) if k != j):
-        norms = np.linalg.norm(centers[k]) * np.linalg.norm(centers[j])
-        pairs += centers[k] @ centers[j] / norms + 1
-        # Under autograd each pair counts from both of its sides.
-        step[j] += 3 * 2 * reference.derivative(centers[j], centers[k])
-    center = center_loss(features, target, centers) / len(target)
-    assert loss == pytest.approx(center + 3 * pairs)
-    np.testing.assert_allclose(grad, (features - centers[target]) / len(target))
-    np.testing.assert_allclose(grad_centers, step)
-
-
-def test_textbook_separate_loss_equals_eq_2_and_3(target: Tensor) -> None:
-    loss, grad, grad_centers, features, centers = run(losses.TextbookSeparateLoss(5, 6), target)
+def test_separate_loss_over_pairs_equals_eq_2_and_3(target: Tensor) -> None:
+    loss, grad, grad_centers, features, centers = run(losses.SeparateLossOverPairs(5, 6), target)
     probabilities, ones = reference.one_hot(target.numpy(), 5), np.ones(5)
     expected = float(reference.separate_loss(features, probabilities, centers, ones, "mean"))
     assert loss == pytest.approx(expected)
