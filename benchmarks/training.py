@@ -30,35 +30,28 @@ Build = Callable[[Tensor, int, float], nn.Module]
 
 
 class Method(NamedTuple):
-    """A loss that is trained.
-
-    `start` are the weights that tuning begins with, `candidates` those that may follow.
-    """
+    """A loss that is trained."""
 
     title: str
     build: Build
-    start: tuple[float, ...] = ()
-    candidates: tuple[float, ...] = WEIGHTS
+    start: tuple[float, ...] = ()  # weights that tuning begins with
+    candidates: tuple[float, ...] = WEIGHTS  # those that may follow
     # Moves centers or proxies that are parameters.
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = partial(SGD, lr=0.5)
     is_head: bool = False  # replaces the linear layer and softmax loss
     balanced: bool = False  # class weights in softmax loss, so that all classes count the same
 
-    def objective(
-        self, criterion: nn.Module, weight: float, counts: Tensor | None = None
-    ) -> Objective:
+    def objective(self, criterion: Any, weight: float, counts: Tensor | None = None) -> Objective:
         """The loss of a batch: the head's, or softmax loss and the weighted criterion."""
         weights = class_weights(counts) if self.balanced and counts is not None else None
 
-        def loss(features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        def loss(features: Tensor, logits: Tensor, labels: Tensor) -> Any:
             if self.is_head:
-                head: Tensor = criterion(features, labels)
-                return head
+                return criterion(features, labels)
             softmax = F.cross_entropy(logits, labels, weights)
             if isinstance(criterion, nn.Identity):
                 return softmax
-            value: Tensor = criterion(features, labels)
-            return softmax + weight * value
+            return softmax + weight * criterion(features, labels)
 
         return loss
 
@@ -79,25 +72,21 @@ class CosineHead(nn.Module):
         return self.criterion.get_logits(features)
 
 
-def _separate(counts: Tensor, dim: int, _: float, **options: Any) -> nn.Module:
-    return SeparateLoss(len(counts), dim, **options)
-
-
-def _balanced(counts: Tensor, dim: int, _: float) -> nn.Module:
-    return SeparateLoss(len(counts), dim, weight=class_weights(counts))
-
-
-def _of_classes(build: Callable[[int, int], nn.Module]) -> Build:
-    return lambda counts, dim, _: build(len(counts), dim)
+def _of_classes(build: Callable[..., nn.Module], **options: Any) -> Build:
+    return lambda counts, dim, _: build(len(counts), dim, **options)
 
 
 def _cosface(counts: Tensor, dim: int, margin: float) -> Any:
     return CosFaceLoss(len(counts), dim, margin=margin, scale=16)
 
 
-_PROXIES = partial(Adam, lr=0.01)
+def _balanced(counts: Tensor, dim: int, _: float) -> nn.Module:
+    return SeparateLoss(len(counts), dim, weight=class_weights(counts))
+
+
+_PROXIES, _NONE = partial(Adam, lr=0.01), lambda *_: nn.Identity()
 METHODS = {
-    "softmax": Method("softmax loss", lambda *_: nn.Identity()),
+    "softmax": Method("softmax loss", _NONE),
     "center": Method("+ center loss", _of_classes(CenterLoss), SMALLER),
     "proxy_anchor": Method(
         "+ ProxyAnchor", _of_classes(ProxyAnchorLoss), SMALLER, optimizer=_PROXIES
@@ -105,11 +94,9 @@ METHODS = {
     "supcon": Method("+ SupCon", lambda *_: SupConLoss(), SMALLER),
     "triplet": Method("+ batch-hard triplet", lambda *_: BatchHardTripletLoss(), SMALLER),
     "cosface": Method("CosFace", _cosface, (0.1, 0.2, 0.35), MARGINS, is_head=True),
-    "paper": Method("+ separate, paper's form", partial(_separate, form="paper")),
-    "simplex": Method("+ separate, simplex form", partial(_separate, form="simplex"), STARTS),
-    "softmax_balanced": Method(
-        "softmax loss, class weights", lambda *_: nn.Identity(), balanced=True
-    ),
+    "paper": Method("+ separate, paper's form", _of_classes(SeparateLoss, form="paper")),
+    "simplex": Method("+ separate, simplex form", _of_classes(SeparateLoss), STARTS),
+    "softmax_balanced": Method("softmax loss, class weights", _NONE, balanced=True),
     "simplex_balanced": Method("+ separate, simplex form, class weights", _balanced, balanced=True),
 }
 
@@ -158,16 +145,14 @@ Figures = Mapping[str, float | None]
 
 
 def evaluate(
-    features: Tensor, logits: Tensor, labels: Tensor, centers: Tensor | None
+    features: Tensor, logits: Tensor, labels: Tensor, centers: Tensor | None = None
 ) -> dict[str, float | None]:
     """All of `FIGURES` but the last, to four digits; None where there is no learned center."""
     means = metrics.class_centers(features, labels, logits.shape[1])
-    cosines = F.normalize(means, dim=-1)
-    between = (cosines @ cosines.mT).fill_diagonal_(-1)
+    between = F.cosine_similarity(means[:, None], means, dim=-1).fill_diagonal_(-1)
     correct = logits.argmax(-1) == labels
     recalls = [correct[labels == label].double().mean() for label in labels.unique()]
-    found: dict[str, Tensor | None] = dict.fromkeys(FIGURES[:-1])
-    found |= {
+    found = {
         "accuracy": 100 * correct.double().mean(),
         "recall": 100 * torch.stack(recalls).mean(),
         "calibration": 100 * calibration_error(logits, correct),
@@ -179,13 +164,14 @@ def evaluate(
     if centers is not None:
         agreements = metrics.center_agreement(centers, means, reduction="none")
         known = agreements[~agreements.isnan()]
-        found["agreement"], found["agreement_lowest"] = known.mean(), known.min()
         nearest: Any = metrics.nearest_center(features, centers)
-        found["nearest"] = 100 * (nearest == labels).double().mean()
-    return {
-        name: None if value is None or not value.isfinite() else float(f"{float(value):.4g}")
-        for name, value in found.items()
-    }
+        found |= {
+            "agreement": known.mean(),
+            "agreement_lowest": known.min(),
+            "nearest": 100 * (nearest == labels).double().mean(),
+        }
+    finite = {name: float(f"{float(one):.4g}") for name, one in found.items() if one.isfinite()}
+    return {name: finite.get(name) for name in FIGURES[:-1]}
 
 
 def calibration_error(logits: Tensor, correct: Tensor, bins: int = 15) -> Tensor:
