@@ -120,10 +120,10 @@ class Results:
             if self.redraw:
                 raise SystemExit(f"{self.path} has no results for {name}")
             self.measured[name] = json.loads(json.dumps(measure(), allow_nan=False))
-            self._save()
+            self.save()
         return self.measured[name]
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Writes the file, one measurement a line."""
         parts = {"environment": self.environment, "settings": self.settings}
         head = json.dumps(parts, indent=1, allow_nan=False).removesuffix("\n}")

@@ -73,7 +73,8 @@ def _measure_all(
     found: dict[str, dict[Size, Row | None]] = {name: {} for name in names}
     for size in map(Size._make, sizes):
         for name in names:
-            found[name][size] = results.once(f"{size} {name}", partial(_measure, seconds, size, name))
+            measure = partial(_measure, seconds, size, name)
+            found[name][size] = results.once(f"{size} {name}", measure)
     return results, found
 
 
