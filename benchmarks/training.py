@@ -179,7 +179,8 @@ def evaluate(
     if centers is not None:
         agreements = metrics.center_agreement(centers, means, reduction="none")
         known = agreements[~agreements.isnan()]
-        found["agreement"], found["agreement_lowest"] = known.mean(), known.min()
+        found["agreement"] = known.mean()
+        found["agreement_lowest"] = known.min() if len(known) else None
         nearest: Any = metrics.nearest_center(features, centers)
         found["nearest"] = 100 * (nearest == labels).double().mean()
     return {
