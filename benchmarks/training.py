@@ -165,11 +165,9 @@ def evaluate(
         agreements = metrics.center_agreement(centers, means, reduction="none")
         known = agreements[~agreements.isnan()]
         nearest: Any = metrics.nearest_center(features, centers)
-        found |= {
-            "agreement": known.mean(),
-            "agreement_lowest": known.min(),
-            "nearest": 100 * (nearest == labels).double().mean(),
-        }
+        found["nearest"] = 100 * (nearest == labels).double().mean()
+        if len(known):  # else the model has become NaN
+            found |= {"agreement": known.mean(), "agreement_lowest": known.min()}
     finite = {name: float(f"{float(one):.4g}") for name, one in found.items() if one.isfinite()}
     return {name: finite.get(name) for name in FIGURES[:-1]}
 
