@@ -7,6 +7,7 @@ with classes, in about 4. Each loss at each size has a process of its own.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from typing import Any
 
@@ -71,10 +72,8 @@ def _measure_all(
     results = Results(options, command, settings, "cpu")
     names, sizes, seconds = results.settings.values()
     found: dict[str, dict[Size, Row | None]] = {name: {} for name in names}
-    for size in map(Size._make, sizes):
-        for name in names:
-            measure = partial(_measure, seconds, size, name)
-            found[name][size] = results.once(f"{size} {name}", measure)
+    for size, name in product(map(Size._make, sizes), names):
+        found[name][size] = results.once(f"{size} {name}", partial(_measure, seconds, size, name))
     return results, found
 
 
