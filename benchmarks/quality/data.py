@@ -216,7 +216,7 @@ DATA = {
         _load_pictures,
         lambda _, classes: networks.picture_classifier(classes),
         {"non-negative": (SOFTMAX, *PEERS[:2], ONE)},
-        epochs=20,
+        epochs=8,
         batch_size=100,
         start=RATES[3:6],
         seeds=5,
