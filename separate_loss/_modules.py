@@ -187,7 +187,9 @@ class SeparateLoss(nn.Module):
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """Returns the loss; then, in training, updates the centers."""
         updating = self.training and torch.is_grad_enabled() and self.center_update == "forward"
-        if updating and torch.compiler.is_compiling() and not compiler_moves_buffers():
+        soft = isinstance(target, Tensor) and target.is_floating_point()
+        moves = not updating or compiler_moves_buffers(by_probabilities=soft)
+        if torch.compiler.is_compiling() and not moves:
             loss: Tensor = run_uncompiled(self._compute, features, target, updating)
             return loss
         return self._compute(features, target, updating)

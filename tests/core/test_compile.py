@@ -11,7 +11,8 @@ from torch.func import grad, vmap
 
 from separate_loss import SeparateLoss, separate_loss
 from separate_loss import functional as F
-from tests.helpers.releases import COMPILES_UPDATES, needs_compiled_transforms
+from separate_loss._torch import compiler_moves_buffers
+from tests.helpers.releases import needs_compiled_transforms
 
 NUM_CLASSES, FEATURE_DIM = 7, 16
 SIZES = [8, 5, 32, 17]
@@ -68,7 +69,8 @@ def test_the_loss_compiles_to_one_graph(kind: str, reduction: Any) -> None:
 def test_the_module_compiles_to_one_graph(kind: str, center_update: Any) -> None:
     plain = SeparateLoss(NUM_CLASSES, FEATURE_DIM, center_update=center_update)
     twin = copy.deepcopy(plain)
-    one_graph = COMPILES_UPDATES or center_update != "forward"
+    moves = compiler_moves_buffers(by_probabilities=kind == "probabilities")
+    one_graph = moves or center_update != "forward"
     fast, counter = compiled(twin, fullgraph=one_graph)
     graphs = []
     for size in SIZES:
