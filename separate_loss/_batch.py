@@ -49,7 +49,8 @@ class Batch(NamedTuple):
     valid: Tensor | None  # (N,): 0 for ignored samples, 1 for others
     sample_weight: Tensor | None  # (N,): 0 for ignored samples
     centers: Tensor  # (C, d)
-    options: Options  # with class weights of the type of the centers
+    weight: Tensor | None  # class weights in the type of the centers
+    options: Options
     group: "ProcessGroup | None" = None  # the processes whose samples update the centers
 
 
@@ -92,10 +93,7 @@ def prepare_batch(
         total = num_classes if weight is None else weight.sum()
         uniform = smoothing / num_classes * (total if valid is None else total * valid)
         sample_weight = (1 - smoothing) * sample_weight + uniform
-    # Not by _replace, which the compiler of torch 2.6 does not trace.
-    form, _, ignore_index, reduction, _ = options
-    options = Options(form, weight, ignore_index, reduction, smoothing)
-    return Batch(features, target, valid, sample_weight, centers.to(dtype), options, group)
+    return Batch(features, target, valid, sample_weight, centers.to(dtype), weight, options, group)
 
 
 def mask_ignored(

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from separate_loss._ops import least_norm, read_norms, row_blocks, tangent
+from separate_loss._ops import Blocks, Rows, least_norm, read_norms, row_blocks, take, tangent
 from separate_loss._terms import Number, normalize, simplex_constants
 from separate_loss._tracing import has_values
 
@@ -23,11 +23,11 @@ class CenterStatistics(NamedTuple):
     num_centers: Number  # how many of all centers are not zero
     num_classes: int  # C of all centers, of which these may be a shard
 
-    def unit_rows(self, centers: Tensor, rows: slice | Tensor) -> Tensor:
-        """Some of the unit centers, by a slice or by class indices."""
+    def unit_rows(self, centers: Tensor, rows: Rows) -> Tensor:
+        """Some of the unit centers."""
         if self.units is not None:
-            return _take(self.units, rows)
-        return _take(centers, rows) / _take(self.norms, rows).unsqueeze(-1)
+            return take(self.units, rows)
+        return take(centers, rows) / take(self.norms, rows).unsqueeze(-1)
 
     def weighted_sum(
         self, weights: Tensor, centers: Tensor, class_weight: Tensor | None = None
@@ -37,21 +37,17 @@ class CenterStatistics(NamedTuple):
         for rows in self.blocks(centers):
             units = self.unit_rows(centers, rows)
             if class_weight is not None:
-                units = units * class_weight[rows].unsqueeze(-1)
-            parts.append(weights[..., rows] @ units)
+                units = units * take(class_weight, rows).unsqueeze(-1)
+            parts.append((weights if rows is None else weights[..., rows]) @ units)
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
-    def blocks(self, centers: Tensor) -> list[slice]:
-        """Slices of rows to work on one after the other."""
-        return row_blocks(centers) if self.units is None else [slice(None)]
+    def blocks(self, centers: Tensor) -> Blocks:
+        """Rows to work on one after the other."""
+        return row_blocks(centers) if self.units is None else [None]
 
     def may_hold_zeros(self) -> bool:
         """Whether a center may count as zero."""
-        return not (has_values(self.norms) and self.num_centers == self.num_classes)
-
-
-def _take(tensor: Tensor, rows: slice | Tensor) -> Tensor:
-    return tensor.index_select(0, rows) if isinstance(rows, Tensor) else tensor[rows]
+        return isinstance(self.num_centers, Tensor) or self.num_centers < self.num_classes
 
 
 def read_centers(
@@ -64,14 +60,14 @@ def read_centers(
     (num_classes, d), blocks = centers.shape, row_blocks(centers)
     by_class = num_classes < d if by_class is None else by_class
     if differentiable or (simplex and by_class):
-        blocks = [slice(None)]
+        blocks = [None]
     norms, usable = read_norms(centers.detach())
     center_sum, gram = None, None
     for rows in blocks:
-        units = centers[rows]
+        units = take(centers, rows)
         if usable is not None:
-            units = units.where(usable[rows].unsqueeze(-1), 0)
-        units = normalize(units)[0] if differentiable else units / norms[rows].unsqueeze(-1)
+            units = units.where(take(usable, rows).unsqueeze(-1), 0)
+        units = normalize(units)[0] if differentiable else units / take(norms, rows).unsqueeze(-1)
         center_sum = units.sum(0) if center_sum is None else center_sum.add_(units.sum(0))
         if simplex and by_class:
             gram = units @ units.mT
@@ -93,7 +89,8 @@ class Push(NamedTuple):
     """
 
     vector: Tensor  # (d,)
-    matrix: Tensor | None  # in the simplex form
+    matrix: Tensor | None = None  # in the simplex form
+    scale: float = 1.0  # of the matrix
 
     def of(self, units: Tensor) -> Tensor:
         """For some of the unit centers (K, d); (d,) where it is the same for all."""
@@ -101,16 +98,19 @@ class Push(NamedTuple):
             return self.vector
         by_class = len(self.matrix) != units.shape[1]
         pair = (self.matrix, units) if by_class else (units, self.matrix)
-        return torch.addmm(self.vector, *pair)
+        return torch.addmm(self.vector, *pair, alpha=self.scale)
 
 
 def read_push(statistics: CenterStatistics, factor: Number) -> Push:
     """Eq. 7, or half the gradient of the simplex form, times a factor."""
     _, _, center_sum, gram, num_centers, num_classes = statistics
     if gram is None:
-        return Push(center_sum * (factor / (2 * num_classes * (num_classes - 1))), None)
+        return Push(center_sum * (factor / (2 * num_classes * (num_classes - 1))))
     a, scale = simplex_constants(num_centers)
-    return Push(center_sum * (2 * a * scale * factor), gram * (2 * scale * factor))
+    scale = 2 * scale * factor
+    if isinstance(scale, Tensor):
+        return Push(center_sum * (a * scale), gram * scale)
+    return Push(center_sum * (a * scale), gram, scale)
 
 
 def centers_gradient(
@@ -125,10 +125,11 @@ def centers_gradient(
     push = read_push(statistics, 2 * inter_grad)
     whole = sums if index is None else torch.empty_like(centers)
     for rows in statistics.blocks(centers):
-        norms, part = statistics.norms[rows].unsqueeze(-1), whole[rows]
+        norms, part = take(statistics.norms, rows).unsqueeze(-1), take(whole, rows)
         if index is not None and push.matrix is None:
-            along = (centers[rows] @ push.vector).unsqueeze(-1) / norms / norms
-            torch.addcmul(push.vector, centers[rows], along, value=-1, out=part)
+            own = take(centers, rows)
+            along = (own @ push.vector).unsqueeze(-1) / norms / norms
+            torch.addcmul(push.vector, own, along, value=-1, out=part)
         else:
             units = statistics.unit_rows(centers, rows)
             pushed = push.of(units) if index is not None else part.add_(push.of(units))
@@ -165,13 +166,15 @@ def update_centers_(
         _update_rows_(centers, statistics, sums, weight, push, start_zeros, index)
         return
     for rows in statistics.blocks(centers):
-        units, norms = statistics.unit_rows(centers, rows), statistics.norms[rows].unsqueeze(-1)
-        step = torch.addcmul(push.of(units), sums[rows], weight[rows].unsqueeze(-1))
-        # One expression: the compiler's C++ code generator fails on several in-place operators.
-        moved = centers[rows] + tangent(step, units) / norms
+        units, norms = statistics.unit_rows(centers, rows), take(statistics.norms, rows)
+        own, norms, added = take(centers, rows), norms.unsqueeze(-1), take(sums, rows)
+        step = torch.addcmul(push.of(units), added, take(weight, rows).unsqueeze(-1))
+        # Not `addcdiv_`, on which the compiler's C++ code generator fails.
+        step = tangent(step, units) / norms
         if start_zeros:
-            moved = torch.where(norms.isinf(), _directions(sums[rows]), moved)
-        centers[rows].copy_(moved)
+            own.copy_(torch.where(norms.isinf(), _directions(added), own + step))
+        else:
+            own.add_(step)
 
 
 def _update_rows_(
@@ -193,7 +196,7 @@ def _update_rows_(
         rows_of_samples = centers.index_select(0, index).masked_fill(norms.isinf(), 0)
         centers.index_copy_(0, index, rows_of_samples)
     for rows in statistics.blocks(centers):
-        _push_(centers[rows], statistics.norms[rows], statistics.units, push)
+        _push_(take(centers, rows), take(statistics.norms, rows), statistics.units, push)
     centers.index_add_(0, index, pull)
     if start_zeros:
         moved = centers.index_select(0, index)

@@ -186,40 +186,35 @@ class SeparateLoss(nn.Module):
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """Returns the loss; then, in training, updates the centers."""
+        compiling, centers = torch.compiler.is_compiling(), self.centers
         updating = self.training and torch.is_grad_enabled() and self.center_update == "forward"
         soft = isinstance(target, Tensor) and target.is_floating_point()
-        moves = not updating or compiler_moves_buffers(by_probabilities=soft)
-        if torch.compiler.is_compiling() and not moves:
-            loss: Tensor = run_uncompiled(self._compute, features, target, updating)
+        if compiling and updating and not compiler_moves_buffers(by_probabilities=soft):
+            loss: Tensor = run_uncompiled(SeparateLoss.forward, self, features, target)
             return loss
-        return self._compute(features, target, updating)
-
-    def _compute(self, features: Tensor, target: Tensor, updating: bool) -> Tensor:
         if updating:
             _checks.check_center_lr(self.center_lr)
-        learning = torch.is_grad_enabled() and getattr(self.centers, "requires_grad", False)
+        learning = torch.is_grad_enabled() and getattr(centers, "requires_grad", False)
         group = None
         if updating or learning:
             group = _distributed.resolve_group(self.process_group, self.sync_centers)
         if group is not None and not self._synced:
             self._synchronise(group)
-        compiling = torch.compiler.is_compiling()
         if not compiling:
             shape = self.num_classes, self.feature_dim
-            self._seen = _initial.look_at_(self.centers, self._seen, shape, self.center_update)
-        centers = self.centers
+            self._seen = _initial.look_at_(centers, self._seen, shape, self.center_update)
         if group is not None and learning:
             centers = _distributed.all_reduce_gradient(centers, group)
         step = run_step(features, target, centers, self._options(), group if updating else None)
-        if not compiling:
-            self._target_read = self._target_read or _checks.warn_probabilities(target)
-        terms = step.intra.detach(), step.inter.detach(), step.num_centers
-        plain = [value for value in map(unwrapped, terms) if value is not None]
-        self.last_terms = Terms(*plain) if len(plain) == len(terms) else None
+        if soft and not compiling and not self._target_read:
+            self._target_read = _checks.warn_probabilities(target)
+        found = (unwrapped(term.detach()) for term in (step.intra, step.inter, step.num_centers))
+        terms = [term for term in found if term is not None]
+        self.last_terms = Terms(*terms) if len(terms) == 3 else None
         if updating:
-            step.update_(self.centers, self.center_lr, start_zeros=True)
+            step.update_(centers, self.center_lr, start_zeros=True)
             if not compiling:
-                self._seen = _initial.seen_now(self.centers, self.center_update)
+                self._seen = _initial.seen_now(centers, self.center_update)
         return step.loss
 
     def _options(self) -> Options:

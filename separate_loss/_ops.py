@@ -1,5 +1,6 @@
 """Small operators that know nothing of the loss. Shapes: (N, d) or (C, d) vectors."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,6 +12,9 @@ from separate_loss._tracing import has_values, in_eager
 
 # Values in a block of rows. A block stays in the processor's cache over several operators.
 BLOCK_SIZE = 2**20
+
+Rows = Tensor | slice | None  # indices, a slice, or all
+Blocks = Sequence[slice | None]
 
 
 def full_precision(device: str) -> AbstractContextManager[Any]:
@@ -57,9 +61,16 @@ def tangent(vectors: Tensor, units: Tensor, out: Tensor | None = None) -> Tensor
     return torch.addcmul(vectors, along, units, value=-1, out=out)
 
 
-def row_blocks(vectors: Tensor) -> list[slice]:
-    """Slices of rows that are blocks; one slice where the code is traced or not on the CPU."""
+def row_blocks(vectors: Tensor) -> Blocks:
+    """Slices of rows that are blocks; all rows where the code is traced or not on the CPU."""
     rows = max(1, BLOCK_SIZE // vectors.shape[1])
     if len(vectors) <= rows or not has_values(vectors):
-        return [slice(None)]
+        return [None]
     return [slice(start, start + rows) for start in range(0, len(vectors), rows)]
+
+
+def take(tensor: Tensor, rows: Rows) -> Tensor:
+    """Some rows of a tensor."""
+    if rows is None:
+        return tensor
+    return tensor.index_select(0, rows) if isinstance(rows, Tensor) else tensor[rows]

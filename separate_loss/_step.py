@@ -12,7 +12,7 @@ from separate_loss._centers import CenterStatistics, centers_gradient, read_cent
 from separate_loss._distributed import all_reduce_sums
 from separate_loss._ops import full_precision, read_norms
 from separate_loss._terms import Number, inter_class, intra_class, normalize, reduce, scale_gradient
-from separate_loss._torch import under_vmap
+from separate_loss._torch import backward_keeps_graph, under_vmap
 from separate_loss._tracing import in_eager
 from separate_loss._triton.backend import kernels_for
 
@@ -69,7 +69,7 @@ class Work(NamedTuple):
 
     def centers_gradient(self, grad: Tensor) -> Tensor:
         """The gradient of both terms for the centers (C, d)."""
-        _, target, _, sample_weight, centers, options, _ = self.batch
+        _, target, _, sample_weight, centers, weight, options, _ = self.batch
         statistics, smoothing = self.statistics, options.label_smoothing
         num_classes = statistics.num_classes
         sums = rows = self.samples.units * self._each(grad).unsqueeze(-1)
@@ -82,7 +82,7 @@ class Work(NamedTuple):
             sums = rows.new_zeros(num_classes, rows.shape[1]).index_add_(0, target, rows)
         if smoothing > 0:
             sums.mul_(1 - smoothing).add_(rows.sum(0), alpha=smoothing / num_classes)
-        if (weight := options.weight) is not None:
+        if weight is not None:
             weight = weight if index is None else weight.index_select(0, index)
             sums.mul_(weight.unsqueeze(-1))
         of_inter = grad
@@ -94,16 +94,18 @@ class Work(NamedTuple):
 
     def _each(self, grad: Tensor) -> Tensor:
         """The gradient for the samples' cosines, (N,) or a scalar."""
-        factor = grad * -0.5
-        return factor / self.total_weight if self.batch.options.reduction == "mean" else factor
+        mean = self.batch.options.reduction == "mean"
+        return grad / (-2 * (self.total_weight if mean else 1))
 
     def update_(self, centers: Tensor, center_lr: float | None, *, start_zeros: bool) -> None:
         """Eq. 8, in place."""
+        (_, target, valid, *_, group), usable = self.batch, self.samples.usable
+        known = group is None and valid is None and usable is None and target.ndim == 1
         # `batch.centers` is a copy if the step computed in another type than the centers'.
         updated = centers if centers.dtype == self.batch.centers.dtype else self.batch.centers
         update_centers_(
             updated, self.statistics, *update_sums(self, centers.dtype), center_lr=center_lr,
-            start_zeros=start_zeros,
+            num_samples=max(1, len(target)) if known else None, start_zeros=start_zeros,
         )  # fmt: skip
         if updated is not centers:
             centers.copy_(updated)
@@ -145,7 +147,7 @@ def run_step(
             step = Step(*kernels.read(rows, target.reshape(-1), centers, options))
         else:
             batch = prepare_batch(features, target, centers, options, group=group)
-            weight = batch.options.weight
+            weight = batch.weight
             learned = batch.target.requires_grad or (weight is not None and weight.requires_grad)
             differentiable = learned or not in_eager()
             with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
@@ -183,7 +185,9 @@ def combine(batch: Batch, samples: Samples, statistics: CenterStatistics) -> Ste
     inter = inter_class(center_sum, gram, num_centers, num_classes)
     loss, mean, total = reduce(intra, batch.sample_weight, inter, batch.options.reduction)
     work = Work(batch, samples, statistics, total)
-    return Step(loss, mean, inter, torch.as_tensor(num_centers).long(), work)
+    if not isinstance(num_centers, Tensor):
+        num_centers = torch.tensor(int(num_centers))
+    return Step(loss, mean, inter, num_centers.long(), work)
 
 
 def intra_loss(batch: Batch, target_centers: Tensor) -> Tensor:
@@ -199,7 +203,7 @@ def expected_centers(batch: Batch, statistics: CenterStatistics) -> Tensor:
     Under class probabilities and label smoothing, the sum of the unit centers of all classes times
     their probabilities and weights: (1 - e) c^_y + (e / C) s for smoothing e without weights.
     """
-    centers, target, weight = batch.centers, batch.target, batch.options.weight
+    centers, target, weight = batch.centers, batch.target, batch.weight
     smoothing, num_classes = batch.options.label_smoothing, statistics.num_classes
     if batch.target.is_floating_point():
         expected = statistics.weighted_sum(target, centers, weight)
@@ -219,21 +223,18 @@ class _ClosedForm(Function):
     """The gradients of a step; those of higher order by the plain formulas."""
 
     @staticmethod
-    def forward(ctx: Any, _features: Tensor, _centers: Tensor, step: Step) -> Tensor:
-        tensors: list[Tensor] = []
-
-        def keep(tensor: Tensor) -> _Position:
-            tensors.append(tensor)
-            return _Position(len(tensors) - 1)
-
-        ctx.packed = _replace(step.work.held(ctx.needs_input_grad[1]), Tensor, keep)
-        ctx.save_for_backward(*tensors)
+    def forward(ctx: Any, features: Tensor, centers: Tensor, step: Step) -> Tensor:
+        of_centers = ctx.needs_input_grad[1]
+        ctx.work = step.work.held(of_centers)
+        # The inputs alone, for which autograd then refuses changes in place.
+        ctx.save_for_backward(features, *[centers] * of_centers)
         return step.loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        work = _replace(ctx.packed, _Position, ctx.saved_tensors.__getitem__)
-        needed = ctx.needs_input_grad[:2]
+        work, _, needed = ctx.work, ctx.saved_tensors, ctx.needs_input_grad[:2]
+        if not backward_keeps_graph():
+            ctx.work = None
         if torch.is_grad_enabled() or under_vmap(grad):
             return (*_differentiable_gradients(work, grad, needed), None)
         with full_precision(grad.device.type):
@@ -263,22 +264,6 @@ def _differentiable_gradients(
     inputs = [work.batch.features] * of_features + [work.batch.centers] * of_centers
     found = list(torch.autograd.grad(loss, inputs, grad, create_graph=True))
     return found.pop(0) if of_features else None, found.pop() if of_centers else None
-
-
-class _Position(int):
-    """The place of a tensor among those that autograd keeps."""
-
-
-def _replace(part: Any, kind: type, by: Callable[[Any], Any]) -> Any:
-    """Nested tuples and dictionaries, with a function of all of one type in their place."""
-    if isinstance(part, kind):
-        return by(part)
-    if isinstance(part, dict):
-        return {name: _replace(one, kind, by) for name, one in part.items()}
-    if not isinstance(part, tuple):
-        return part
-    parts = [_replace(one, kind, by) for one in part]
-    return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
 
 
 def update_sums(work: Work, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -319,8 +304,8 @@ def class_sums(
     units: Tensor, target: Tensor, valid: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor]:
     """For each class the sum of its unit features (C, d) and the number of its samples (C,)."""
-    sums = units.new_zeros(num_classes, units.shape[1]).index_add(0, target, units)
-    return sums, units.new_zeros(num_classes).index_add(0, target, valid)
+    sums = units.new_zeros(num_classes, units.shape[1]).index_add_(0, target, units)
+    return sums, units.new_zeros(num_classes).index_add_(0, target, valid)
 
 
 def probability_sums(

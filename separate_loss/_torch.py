@@ -17,13 +17,6 @@ RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _found(owner: Any, path: str) -> Any:
-    """An attribute of an attribute, or None."""
-    for name in path.split("."):
-        owner = getattr(owner, name, None)
-    return owner
-
-
 def in_forward_mode() -> bool:
     """Whether forward-mode differentiation is on; True if it is unknown."""
     return bool(getattr(forward_ad, "_current_level", 0) >= 0)
@@ -31,13 +24,13 @@ def in_forward_mode() -> bool:
 
 def in_transform() -> bool:
     """Whether a transform of torch.func or forward mode is on; True if it is unknown."""
-    active = _found(torch._C, "_are_functorch_transforms_active")
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
     return active is None or active() or in_forward_mode()
 
 
 def in_compiled_transform() -> bool:
     """Whether the compiler traces a transform of torch.func; False before 2.11, which differ."""
-    active = _found(torch._C, "_are_functorch_transforms_active") if RELEASE >= (2, 11) else None
+    active = getattr(torch._C, "_are_functorch_transforms_active", None) if RELEASE >= (2, 11) else None
     return active is not None and bool(active())
 
 
@@ -56,7 +49,7 @@ def unwrapped(tensor: Tensor) -> Tensor | None:
     """
     if torch.compiler.is_compiling():
         return None if in_compiled_transform() else tensor
-    functorch = _found(torch._C, "_functorch")
+    functorch = getattr(torch._C, "_functorch", None)
     if functorch is None:
         return tensor if type(tensor) in (Tensor, nn.Parameter) else None
     if functorch.is_legacy_batchedtensor(tensor):  # is_grads_batched=True
@@ -75,7 +68,7 @@ def under_vmap(tensor: Tensor) -> bool:
 
 def assert_on_device(condition: Tensor, message: str) -> None:
     """Asserts on the device, without a synchronisation; does nothing if a release cannot."""
-    check = _found(torch, "_assert_async")
+    check = getattr(torch, "_assert_async", None)
     if check is not None:
         check(condition, message)
 
@@ -115,7 +108,7 @@ def is_exporting() -> bool:
 
 def backward_keeps_graph() -> bool:
     """Whether the backward pass of this thread keeps its graph; True if it is unknown."""
-    keeps = _found(torch._C, "_autograd._get_current_graph_task_keep_graph")
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keeps is None or bool(keeps())
 
 
@@ -149,7 +142,7 @@ def memory_of(tensor: Any) -> Any:
 def hooks_of(module: nn.Module | None) -> list[dict[int, Any]]:
     """The dictionaries of a module's forward hooks; empty if a release has other names."""
     names = "_forward_pre_hooks", "_forward_hooks"
-    return [hooks for name in names if (hooks := _found(module, name)) is not None]
+    return [hooks for name in names if (hooks := getattr(module, name, None)) is not None]
 
 
 def show_hooks(module: nn.Module | None, shown: bool) -> None:

@@ -107,7 +107,7 @@ class KernelWork(NamedTuple):
 
     def plain(self) -> tuple[Batch, Tensor]:
         """The batch and the expected unit centers (N, d), for the plain formula."""
-        features, target, _, _, centers, options, _ = self.batch
+        features, target, _, _, centers, _, options, _ = self.batch
         c, d, smoothing = self.given["c"], self.given["d"], options.label_smoothing
         of_others = smoothing / c * self.given["total"][d : 2 * d]
         batch = prepare_batch(features, target, centers, options, c)
@@ -195,7 +195,7 @@ def read(
         loss, terms = x.new_empty((), dtype=dtype), x.new_empty(2, dtype=dtype)
         p.launch(kernels.finish, 1, given | {"loss": loss, "terms": terms})
     assert_on_device(scalars[0], f"target must hold class indices in [0, {c}) or ignore_index")
-    work = KernelWork(p, Batch(features, target, None, None, centers, options), given)
+    work = KernelWork(p, Batch(features, target, None, None, centers, None, options), given)
     return loss, terms[0], terms[1], scalars[3], work
 
 
