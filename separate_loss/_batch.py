@@ -5,18 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from separate_loss._checks import (
-    FORMS,
-    REDUCTIONS,
-    Form,
-    Reduction,
-    check_batch,
-    check_centers,
-    check_choice,
-    check_int,
-    check_label_smoothing,
-    check_matches_centers,
-)
+from separate_loss import _checks
 from separate_loss._torch import assert_on_device, in_compiled_transform, under_vmap
 from separate_loss._tracing import has_values
 
@@ -27,18 +16,18 @@ if TYPE_CHECKING:
 class Options(NamedTuple):
     """The keyword arguments of `separate_loss.functional.separate_loss`."""
 
-    form: Form = "simplex"
+    form: _checks.Form = "simplex"
     weight: Tensor | None = None
     ignore_index: int = -100
-    reduction: Reduction = "mean"
+    reduction: _checks.Reduction = "mean"
     label_smoothing: float = 0.0
 
     def check(self) -> None:
         """Validates all but the class weights."""
-        check_choice("form", self.form, FORMS)
-        check_int("ignore_index", self.ignore_index)
-        check_choice("reduction", self.reduction, REDUCTIONS)
-        check_label_smoothing(self.label_smoothing)
+        _checks.check_choice("form", self.form, _checks.FORMS)
+        _checks.check_int("ignore_index", self.ignore_index)
+        _checks.check_choice("reduction", self.reduction, _checks.REDUCTIONS)
+        _checks.check_label_smoothing(self.label_smoothing)
 
 
 class Batch(NamedTuple):
@@ -61,10 +50,10 @@ def check_arguments(
     """Validates the arguments; pass `num_classes` if `centers` is one shard."""
     options.check()
     if num_classes is None:
-        check_centers("centers", centers)
+        _checks.check_centers("centers", centers)
         num_classes = len(centers)
-    check_batch(features, target, num_classes)
-    check_matches_centers(features, centers, options.weight)
+    _checks.check_batch(features, target, num_classes)
+    _checks.check_matches_centers(features, centers, options.weight)
 
 
 def prepare_batch(

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from separate_loss._checks import Form
 from separate_loss._ops import Blocks, Rows, least_norm, read_norms, row_blocks, take, tangent
 from separate_loss._terms import Number, normalize, simplex_constants
 from separate_loss._tracing import has_values
@@ -51,13 +52,13 @@ class CenterStatistics(NamedTuple):
 
 
 def read_centers(
-    centers: Tensor, *, simplex: bool, by_class: bool | None = None, differentiable: bool = False
+    centers: Tensor, form: Form, differentiable: bool = False, *, by_class: bool | None = None
 ) -> CenterStatistics:
-    """Reads all centers (C, d).
+    """Reads all centers (C, d); differentiable to any order, or without a graph.
 
     The Gram matrix is (C, C) if `by_class`, else (d, d); None takes the smaller one.
     """
-    (num_classes, d), blocks = centers.shape, row_blocks(centers)
+    (num_classes, d), blocks, simplex = centers.shape, row_blocks(centers), form == "simplex"
     by_class = num_classes < d if by_class is None else by_class
     if differentiable or (simplex and by_class):
         blocks = [None]

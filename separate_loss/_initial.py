@@ -1,19 +1,13 @@
 """The values of centers: where they start, and a look at those that others wrote."""
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from separate_loss._checks import (
-    CenterInit,
-    CenterUpdate,
-    check_center_init,
-    check_directions,
-    check_shape,
-)
+from separate_loss import _checks
+from separate_loss._checks import CenterInit, CenterUpdate
 from separate_loss._torch import under_vmap, version_of
 from separate_loss._tracing import has_values
 
@@ -34,7 +28,7 @@ def given_centers(
 ) -> CenterInit | Tensor:
     """Validated initial values; of a tensor a copy, or a copy of some of its rows."""
     init: CenterInit | Tensor = given_tensor(value)
-    check_center_init(init, shape, center_update)
+    _checks.check_center_init(init, shape, center_update)
     if not isinstance(init, Tensor):
         return init
     init = init[slice(None) if rows is None else rows].clone()
@@ -92,14 +86,6 @@ def restore_(tensor: Tensor, values: Tensor) -> None:
         tensor.copy_(values)
 
 
-def apply_to(module: Any, function: Callable[[Tensor], Tensor], recurse: bool) -> None:
-    """`nn.Module._apply`, with initial values where memory takes the place of a meta tensor."""
-    was_meta = module.centers.is_meta
-    nn.Module._apply(module, function, recurse)
-    if was_meta and not module.centers.is_meta:
-        module.reset_parameters()
-
-
 def seen_now(centers: Tensor, center_update: CenterUpdate, whole: Tensor | None = None) -> Seen:
     """What is known of the values of centers. An optimizer may change a parameter."""
     free = center_update == "gradient"
@@ -119,7 +105,7 @@ def look_at_(
         now = seen_now(centers, center_update, whole)
         if now[1] == seen[1]:
             return now
-    check_shape("centers", centers, shape)
+    _checks.check_shape("centers", centers, shape)
     if center_update == "forward" and centers.requires_grad:
         raise TypeError(
             "centers must require no gradient for center_update='forward', got a parameter"
@@ -127,7 +113,7 @@ def look_at_(
     if centers.is_meta or type(centers) not in (Tensor, nn.Parameter) or under_vmap(centers):
         return None
     if center_update == "gradient":
-        check_directions("centers", centers)
+        _checks.check_directions("centers", centers)
     elif not centers.requires_grad:
         with torch.no_grad():
             zero_nonfinite_(centers)

@@ -239,7 +239,10 @@ class SeparateLoss(nn.Module):
         _distributed.check_same_settings(settings, self.centers.device, group)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SeparateLoss":
-        _initial.apply_to(self, fn, recurse)
+        was_meta = self.centers.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self.centers.is_meta:  # memory without values
+            self.reset_parameters()
         return self
 
     @property

@@ -151,22 +151,16 @@ def run_step(
             learned = batch.target.requires_grad or (weight is not None and weight.requires_grad)
             differentiable = learned or not in_eager()
             with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-                step = evaluate(batch, differentiable=differentiable)
+                statistics = read_centers(batch.centers, options.form, differentiable)
+                samples = compare(batch, expected_centers(batch, statistics), differentiable)
+                step = evaluate(batch, samples, statistics)
         loss = step.loss if differentiable else with_gradients(step)
     loss = loss.reshape(features.shape[:-1]) if options.reduction == "none" else loss
     return Step(loss, step.intra, step.inter, step.num_centers, step.work)
 
 
-def evaluate(batch: Batch, *, differentiable: bool) -> Step:
-    """Computes both terms by operators; differentiable to any order, or without a graph."""
-    simplex = batch.options.form == "simplex"
-    statistics = read_centers(batch.centers, simplex=simplex, differentiable=differentiable)
-    samples = compare(batch, expected_centers(batch, statistics), differentiable=differentiable)
-    return combine(batch, samples, statistics)
-
-
-def compare(batch: Batch, target_centers: Tensor, *, differentiable: bool = False) -> Samples:
-    """The cosines of samples and centers."""
+def compare(batch: Batch, target_centers: Tensor, differentiable: bool = False) -> Samples:
+    """The cosines of samples and centers; differentiable to any order, or without a graph."""
     if differentiable:
         simplex = batch.options.form == "simplex"
         units, norms = normalize(scale_gradient(batch.features) if simplex else batch.features)
@@ -178,22 +172,20 @@ def compare(batch: Batch, target_centers: Tensor, *, differentiable: bool = Fals
     return Samples(units, norms, usable, target_centers, cosines)
 
 
-def combine(batch: Batch, samples: Samples, statistics: CenterStatistics) -> Step:
+def evaluate(batch: Batch, samples: Samples, statistics: CenterStatistics) -> Step:
     """Eq. 4, from its parts."""
     _, _, center_sum, gram, num_centers, num_classes = statistics
     intra = intra_class(samples.cosines, batch.sample_weight)
     inter = inter_class(center_sum, gram, num_centers, num_classes)
     loss, mean, total = reduce(intra, batch.sample_weight, inter, batch.options.reduction)
-    work = Work(batch, samples, statistics, total)
     if not isinstance(num_centers, Tensor):
-        num_centers = torch.tensor(int(num_centers))
-    return Step(loss, mean, inter, num_centers.long(), work)
+        num_centers = torch.scalar_tensor(num_centers)
+    return Step(loss, mean, inter, num_centers.long(), Work(batch, samples, statistics, total))
 
 
 def intra_loss(batch: Batch, target_centers: Tensor) -> Tensor:
     """Eq. 2 alone, differentiable to any order."""
-    cosines = compare(batch, target_centers, differentiable=True).cosines
-    intra = intra_class(cosines, batch.sample_weight)
+    intra = intra_class(compare(batch, target_centers, True).cosines, batch.sample_weight)
     return reduce(intra, batch.sample_weight, 0.0, batch.options.reduction)[0]
 
 
@@ -260,7 +252,12 @@ def _differentiable_gradients(
     work: "Work | KernelWork", grad: Tensor, needed: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     (batch, expected), (of_features, of_centers) = work.plain(), needed
-    loss = evaluate(batch, differentiable=True).loss if of_centers else intra_loss(batch, expected)
+    if of_centers:
+        statistics = read_centers(batch.centers, batch.options.form, differentiable=True)
+        samples = compare(batch, expected_centers(batch, statistics), differentiable=True)
+        loss = evaluate(batch, samples, statistics).loss
+    else:
+        loss = intra_loss(batch, expected)
     inputs = [work.batch.features] * of_features + [work.batch.centers] * of_centers
     found = list(torch.autograd.grad(loss, inputs, grad, create_graph=True))
     return found.pop(0) if of_features else None, found.pop() if of_centers else None

@@ -97,7 +97,7 @@ def intra_class_loss(
     check_arguments(features, target, centers, options)
     with full_precision(centers.device.type):
         batch = prepare_batch(features, target, centers, options)
-        statistics = read_centers(batch.centers, simplex=False, differentiable=True)
+        statistics = read_centers(batch.centers, "paper", differentiable=True)
         loss = intra_loss(batch, expected_centers(batch, statistics))
     return loss.reshape(features.shape[:-1]) if reduction == "none" else loss
 
@@ -139,7 +139,7 @@ def inter_class_loss(centers: Tensor, *, form: Form = "simplex") -> Tensor:
     _checks.check_centers("centers", centers)
     centers = centers.to(compute_dtype(centers))
     with full_precision(centers.device.type):
-        statistics = read_centers(centers, simplex=form == "simplex", differentiable=True)
+        statistics = read_centers(centers, form, differentiable=True)
         _, _, center_sum, gram, num_centers, num_classes = statistics
         return inter_class(center_sum, gram, num_centers, num_classes)
 

@@ -156,14 +156,14 @@ class ShardedSeparateLoss(SeparateLoss):
         group = self._mesh.get_group()
         sent, received = self._count_rows(classes, batch.centers.dtype == torch.float64)
         index = _move(classes, sent, received, group) - self._first_row
-        own = read_centers(batch.centers, simplex=self.form == "simplex", by_class=False)
+        own = read_centers(batch.centers, self.form, by_class=False)
         rows = _move(own.unit_rows(batch.centers, index), received, sent, group)
         samples = _step.compare(batch, rows.index_select(0, class_of_sample))
         units, valid = _step.finite_samples(batch, samples)
         sums, counts = _step.class_sums(units, class_of_sample, valid, len(classes))
         statistics, num_samples = _all_reduce(group, own, counts.sum())
         statistics = statistics._replace(num_classes=self.num_classes)
-        step = _step.combine(batch, samples, statistics)
+        step = _step.evaluate(batch, samples, statistics)
         if update:
             packed = torch.cat([sums, counts.unsqueeze(-1)], dim=-1)
             packed = _move(packed, sent, received, group)

@@ -67,13 +67,13 @@ def test_zero_vectors_have_zero_units_and_derivatives() -> None:
 @property_test(problem=problems(max_exponent=3), block=st.sampled_from([1, 64, 2**21]))
 def test_blocks_and_both_gram_matrices_give_the_same_push(problem: Problem, block: int) -> None:
     units, _ = normalize(problem.centers)
-    whole = read_centers(problem.centers, simplex=True)
+    whole = read_centers(problem.centers, "simplex")
     expected = tangent(read_push(whole, 1.0).of(units), units).numpy()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_ops, "BLOCK_SIZE", block)
         for by_class in (False, True):
             if not by_class or len(units) != units.shape[1]:
-                found = read_centers(problem.centers, simplex=True, by_class=by_class)
+                found = read_centers(problem.centers, "simplex", by_class=by_class)
                 assert found.num_centers == whole.num_centers
                 assert_equal(found.center_sum, whole.center_sum.numpy(), torch.float64, len(units))
                 push = tangent(read_push(found, 1.0).of(units), units)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from separate_loss import SeparateLoss
 from separate_loss._batch import Options
 from separate_loss._centers import read_centers, update_centers_
+from separate_loss._checks import Form
 from separate_loss._step import class_sums, probability_sums, run_step
 from separate_loss._terms import normalize
 from tests.helpers import reference
@@ -26,13 +27,13 @@ from tests.helpers.properties import Problem, assert_equal, problems, property_t
 def test_samples_class_sums_and_one_hot_probabilities_give_the_same_centers(
     problem: Problem,
     zero_classes: set[int],
-    form: str,
+    form: Form,
     center_lr: float | None,
     start_zeros: bool,
 ) -> None:
     num_classes = len(problem.centers)
     problem.centers[[label for label in zero_classes if label < num_classes]] = 0
-    statistics = read_centers(problem.centers, simplex=form == "simplex")
+    statistics = read_centers(problem.centers, form)
     norms = statistics.norms
 
     valid = (problem.target != problem.ignore_index).double()
