@@ -91,16 +91,9 @@ class ShardedSeparateLoss(SeparateLoss):
             raise ValueError(f"mesh must have one dimension of {device.type} devices, got {mesh}")
         self._mesh = mesh  # first, as `_create_centers` needs it
         super().__init__(
-            num_classes,
-            feature_dim,
-            form=form,
-            center_lr=center_lr,
-            center_init=center_init,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            device=device,
-            dtype=dtype,
-        )
+            num_classes, feature_dim, form=form, center_lr=center_lr, center_init=center_init,
+            ignore_index=ignore_index, reduction=reduction, device=device, dtype=dtype,
+        )  # fmt: skip
         self._check_same_settings(mesh.get_group())
 
     def _create_centers(self, center_init: CenterInit | Tensor, **kind: Any) -> None:
@@ -168,15 +161,9 @@ class ShardedSeparateLoss(SeparateLoss):
             packed = torch.cat([sums, counts.unsqueeze(-1)], dim=-1)
             packed = _move(packed, sent, received, group)
             update_centers_(
-                batch.centers,
-                statistics,
-                packed[:, :-1],
-                packed[:, -1],
-                index,
-                center_lr=self.center_lr,
-                num_samples=num_samples,
-                start_zeros=True,
-            )
+                batch.centers, statistics, packed[:, :-1], packed[:, -1], index,
+                center_lr=self.center_lr, num_samples=num_samples, start_zeros=True,
+            )  # fmt: skip
             shard = self.centers.to_local()
             if batch.centers is not shard:
                 shard.copy_(batch.centers)
