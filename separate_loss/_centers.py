@@ -17,7 +17,7 @@ CENTER_LR_PER_SAMPLE = 0.1
 class CenterStatistics(NamedTuple):
     """What a step needs of the centers."""
 
-    norms: Tensor  # (C,), infinite for centers that count as zero
+    norms: Tensor  # (C, 1), infinite for centers that count as zero
     units: Tensor | None  # (C, d), if the centers are one block
     center_sum: Tensor  # the sum of all unit centers, (d,)
     gram: Tensor | None  # their Gram matrix, in the simplex form
@@ -28,7 +28,7 @@ class CenterStatistics(NamedTuple):
         """Some of the unit centers."""
         if self.units is not None:
             return take(self.units, rows)
-        return take(centers, rows) / take(self.norms, rows).unsqueeze(-1)
+        return take(centers, rows) / take(self.norms, rows)
 
     def weighted_sum(
         self, weights: Tensor, centers: Tensor, class_weight: Tensor | None = None
@@ -67,8 +67,8 @@ def read_centers(
     for rows in blocks:
         units = take(centers, rows)
         if usable is not None:
-            units = units.where(take(usable, rows).unsqueeze(-1), 0)
-        units = normalize(units)[0] if differentiable else units / take(norms, rows).unsqueeze(-1)
+            units = units.where(take(usable, rows), 0)
+        units = normalize(units)[0] if differentiable else units / take(norms, rows)
         center_sum = units.sum(0) if center_sum is None else center_sum.add_(units.sum(0))
         if simplex and by_class:
             gram = units @ units.mT
@@ -126,7 +126,7 @@ def centers_gradient(
     push = read_push(statistics, 2 * inter_grad)
     whole = sums if index is None else torch.empty_like(centers)
     for rows in statistics.blocks(centers):
-        norms, part = take(statistics.norms, rows).unsqueeze(-1), take(whole, rows)
+        norms, part = take(statistics.norms, rows), take(whole, rows)
         if index is not None and push.matrix is None:
             own = take(centers, rows)
             along = (own @ push.vector).unsqueeze(-1) / norms / norms
@@ -138,7 +138,7 @@ def centers_gradient(
         part.div_(norms)
     if index is None:
         return whole
-    norms = statistics.norms.index_select(0, index).unsqueeze(-1)
+    norms = take(statistics.norms, index)
     return whole.index_add_(0, index, tangent(sums, statistics.unit_rows(centers, index)) / norms)
 
 
@@ -168,7 +168,7 @@ def update_centers_(
         return
     for rows in statistics.blocks(centers):
         units, norms = statistics.unit_rows(centers, rows), take(statistics.norms, rows)
-        own, norms, added = take(centers, rows), norms.unsqueeze(-1), take(sums, rows)
+        own, added = take(centers, rows), take(sums, rows)
         step = torch.addcmul(push.of(units), added, take(weight, rows).unsqueeze(-1))
         # Not `addcdiv_`, on which the compiler's C++ code generator fails.
         step = tangent(step, units) / norms
@@ -188,7 +188,7 @@ def _update_rows_(
     classes, and 27 in place of 7.5 at 10,000; these rows take 0.43 ms in place of 0.25 at 7.
     """
     # Eq. 6, of the centers before they change.
-    norms = statistics.norms.index_select(0, index).unsqueeze(-1)
+    norms = take(statistics.norms, index)
     weight = weight.index_select(0, index).unsqueeze(-1) / norms
     if start_zeros:
         weight = weight.masked_fill(norms.isinf(), 1)
@@ -208,13 +208,12 @@ def _push_(centers: Tensor, norms: Tensor, units: Tensor | None, push: Push) -> 
     """Eq. 8 without Eq. 6, of some rows."""
     if push.matrix is None:
         # c + tangent(v, u) / ||c|| = (1 - v . c / ||c||^3) c + v / ||c||; powers could overflow.
-        along = centers @ push.vector / norms / norms / norms
-        centers.mul_((1 - along).unsqueeze(-1))
-        centers.addcmul_(push.vector, norms.reciprocal().unsqueeze(-1))
+        along = (centers @ push.vector).unsqueeze(-1) / norms / norms / norms
+        centers.mul_(1 - along).addcmul_(push.vector, norms.reciprocal())
         return
-    units = centers / norms.unsqueeze(-1) if units is None else units
+    units = centers / norms if units is None else units
     step = push.of(units)
-    centers.addcdiv_(tangent(step, units, out=step), norms.unsqueeze(-1))
+    centers.addcdiv_(tangent(step, units, out=step), norms)
 
 
 def _directions(sums: Tensor) -> Tensor:

@@ -39,11 +39,11 @@ def least_norm(vectors: Tensor) -> float:
 
 
 def read_norms(vectors: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Norms, infinite for vectors that have no direction, and a mask of the others (None: all).
+    """Norms (*, 1), infinite for vectors without direction, and a mask of the others (None: all).
 
     A vector has no direction if it counts as zero, is not finite, or has an infinite norm.
     """
-    norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     least = least_norm(vectors)
     if has_values(norms):
         if norms.numel() == 0:

@@ -26,8 +26,8 @@ class Samples(NamedTuple):
     """The samples beside the centers of their classes."""
 
     units: Tensor  # (N, d)
-    norms: Tensor  # (N,)
-    usable: Tensor | None  # mask of the samples that have a direction; None: all
+    norms: Tensor  # (N, 1)
+    usable: Tensor | None  # (N, 1), mask of the samples that have a direction; None: all
     target_centers: Tensor  # (N, d), unit centers times the sample weights
     cosines: Tensor  # (N,), times the sample weights
 
@@ -60,19 +60,19 @@ class Work(NamedTuple):
         samples, factor = self.samples, self._each(grad)
         target_centers = samples.target_centers
         if samples.usable is not None:
-            target_centers = target_centers.where(samples.usable.unsqueeze(-1), 0)
+            target_centers = target_centers.where(samples.usable, 0)
         if self.batch.options.form == "paper":
             factor = factor / samples.norms
         cosines = samples.cosines.unsqueeze(-1)
         across = torch.addcmul(target_centers, samples.units, cosines, value=-1)
-        return across.mul_(factor.unsqueeze(-1))
+        return across.mul_(factor)
 
     def centers_gradient(self, grad: Tensor) -> Tensor:
         """The gradient of both terms for the centers (C, d)."""
         _, target, _, sample_weight, centers, weight, options, _ = self.batch
         statistics, smoothing = self.statistics, options.label_smoothing
         num_classes = statistics.num_classes
-        sums = rows = self.samples.units * self._each(grad).unsqueeze(-1)
+        sums = rows = self.samples.units * self._each(grad)
         index: Tensor | None = None
         if target.is_floating_point():
             sums = target.mT @ rows
@@ -93,9 +93,9 @@ class Work(NamedTuple):
         return centers_gradient(centers, statistics, sums, of_inter, index)
 
     def _each(self, grad: Tensor) -> Tensor:
-        """The gradient for the samples' cosines, (N,) or a scalar."""
+        """The gradient for the samples' cosines, (N, 1) or (1,)."""
         mean = self.batch.options.reduction == "mean"
-        return grad / (-2 * (self.total_weight if mean else 1))
+        return grad.unsqueeze(-1) / (-2 * (self.total_weight if mean else 1))
 
     def update_(self, centers: Tensor, center_lr: float | None, *, start_zeros: bool) -> None:
         """Eq. 8, in place."""
@@ -164,10 +164,11 @@ def compare(batch: Batch, target_centers: Tensor, differentiable: bool = False) 
     if differentiable:
         simplex = batch.options.form == "simplex"
         units, norms = normalize(scale_gradient(batch.features) if simplex else batch.features)
+        norms = norms.unsqueeze(-1)
         usable: Tensor | None = norms.isfinite()
     else:
         norms, usable = read_norms(batch.features)
-        units = batch.features / norms.unsqueeze(-1)
+        units = batch.features / norms
     cosines = (units * target_centers).sum(-1)
     return Samples(units, norms, usable, target_centers, cosines)
 
@@ -316,5 +317,5 @@ def probability_sums(
     counts = valid @ target
     if statistics.may_hold_zeros():
         less_probable = target < target.amax(-1, keepdim=True)
-        target = target.masked_fill(less_probable & statistics.norms.isinf(), 0)
+        target = target.masked_fill(less_probable & statistics.norms.mT.isinf(), 0)
     return (target.mT @ units).nan_to_num(0, 0, 0), counts.nan_to_num(0, 0, 0)

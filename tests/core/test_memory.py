@@ -1,5 +1,6 @@
 """A step allocates nothing for pairs of classes, and nothing for samples times classes."""
 
+import gc
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -173,3 +174,20 @@ def test_metrics_need_at_most_one_and_a_half_copies_of_the_features() -> None:
     shares = {line: float(line.split()[-1]) for line in output.stdout.splitlines()}
     assert len(shares) == 18
     assert max(shares.values()) < 1.5, shares
+
+
+def test_backward_frees_what_a_step_has_kept_for_it() -> None:
+    """A loss that is kept, for example for logging, holds no batch."""
+    features = torch.randn(31, 17, requires_grad=True)
+
+    def batches() -> int:
+        gc.collect()
+        return sum(type(one) is torch.Tensor and one.shape == (31, 17) for one in gc.get_objects())
+
+    before = batches()
+    loss = SeparateLoss(5, 17)(features, torch.arange(31) % 5)
+    assert batches() > before
+    loss.backward()
+    assert features.grad is not None
+    features.grad = None
+    assert batches() == before

@@ -34,7 +34,7 @@ def test_samples_class_sums_and_one_hot_probabilities_give_the_same_centers(
     num_classes = len(problem.centers)
     problem.centers[[label for label in zero_classes if label < num_classes]] = 0
     statistics = read_centers(problem.centers, form)
-    norms = statistics.norms
+    norms = statistics.norms.squeeze(-1)
 
     valid = (problem.target != problem.ignore_index).double()
     units = normalize(problem.features)[0] * valid.unsqueeze(-1)
