@@ -46,23 +46,19 @@ def find(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
     `class_dim`, 1 or -1, is that of the head. Raises RuntimeError unless logits hold the output of
     one pass of one of the heads, with the samples in the same order.
     """
-    if not torch.compiler.is_compiling():
-        for head in heads:  # the usual case, in short
-            noted = _torch.notes_of(logits.grad_fn).get((head, logits.output_nr))
-            if noted is not None and noted.output_version == _torch.version_of(logits):
-                return _checked(noted), dim_of(class_dim, logits.shape), None
-        return _find(logits, class_dim, heads)
-    for head in heads:
-        for number, (output, noted) in enumerate(head.compiled):
-            if output is logits:
-                # Tensors that are kept would become outputs of the compiled function.
-                head.compiled = head.compiled[:number] + head.compiled[number + 1 :]
-                return _checked(noted), dim_of(class_dim, logits.shape), None
-    found: Found = _torch.run_uncompiled(_find, logits, class_dim, heads)
-    return found
-
-
-def _find(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
+    if torch.compiler.is_compiling():
+        for head in heads:
+            for number, (output, new) in enumerate(head.compiled):
+                if output is logits:
+                    # Tensors that are kept would become outputs of the compiled function.
+                    head.compiled = head.compiled[:number] + head.compiled[number + 1 :]
+                    return _checked(new), dim_of(class_dim, logits.shape), None
+        found: Found = _torch.run_uncompiled(find, logits, class_dim, heads)
+        return found
+    for head in heads:  # the usual case, in short
+        noted = _torch.notes_of(logits.grad_fn).get((head, logits.output_nr))
+        if noted and noted.output_version == _torch.version_of(logits):
+            return _checked(noted), dim_of(class_dim, logits.shape), None
     if not heads:
         raise RuntimeError("no head is watched; call watch(head) first")
     for head in heads:
@@ -90,37 +86,34 @@ def _checked(noted: ForwardPass) -> ForwardPass:
 
 
 def _by_graph(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
-    (node, number), operators = _walk(logits, heads)
+    passes, (node, number), operators = _walk(logits, heads)
     changed_by = next((_name(one) for one, _ in operators if _kind(one) in VALUES), None)
-    passes = _passes(node, heads)
     if number not in passes:  # Compiled code returned something else too, such as a cast.
         return *_by_values(logits, class_dim, [*passes.values()])[:2], changed_by
     noted = passes[number]
     dim = _dim_after(operators, logits, class_dim, noted.sizes)
-    output = None if noted.output is None else noted.output()
     if all(_kind(operator) in VIEWS for operator, _ in operators):
         _check_output(noted, logits, dim, class_dim)
-    elif output is not None and output.grad_fn is node:
+    elif (output := noted.output()) is not None and output.grad_fn is node:
         _check_output(noted, output, dim_of(class_dim, noted.sizes), class_dim)
     return noted, dim, changed_by
 
 
-def _passes(node: Any, heads: list[Head]) -> dict[int, ForwardPass]:
-    """The passes whose outputs a node has computed, by the numbers of the outputs."""
-    return {key[1]: noted for key, noted in _torch.notes_of(node).items() if key[0] in heads}
+def _walk(logits: Tensor, heads: list[Head]) -> tuple[dict[int, ForwardPass], Step, list[Step]]:
+    """The passes that one node has computed, its step, and the operators from there to the logits.
 
-
-def _walk(logits: Tensor, heads: list[Head]) -> tuple[Step, list[Step]]:
-    """The node of an output, and the operators from there to the logits; visits each node once."""
+    Visits each node once.
+    """
     steps: list[Step] = [(logits.grad_fn, logits.output_nr)]
     users: dict[Step, dict[Step, None]] = {}
     found, others = [], set[Any]()
     for step in steps:
         node, number = step
-        if _passes(node, heads):
-            found.append(step)
+        notes = _torch.notes_of(node)
+        if passes := {key[1]: noted for key, noted in notes.items() if key[0] in heads}:
+            found.append((passes, step))
             continue
-        others.update([node.name()], map(type, _torch.notes_of(node).values()))
+        others.update([node.name()], map(type, notes.values()))
         inputs = node.next_functions
         for branch in inputs[number : number + 1] if node.name() in PASSING else inputs:
             if branch not in users and branch[0] is not None:
@@ -131,7 +124,8 @@ def _walk(logits: Tensor, heads: list[Head]) -> tuple[Step, list[Step]]:
     if not found:
         reentrant = "; a head in torch.utils.checkpoint needs use_reentrant=False"
         raise _refused(NO_PASS + reentrant * ("CheckpointFunctionBackward" in others))
-    chain = [found[0]]
+    passes, start = found[0]
+    chain = [start]
     while chain[-1] != steps[0]:
         step, *more = users[chain[-1]]
         if more or len(found) > 1:
@@ -144,7 +138,7 @@ def _walk(logits: Tensor, heads: list[Head]) -> tuple[Step, list[Step]]:
         if _kind(node) not in IN_ORDER:
             reason = f"operator {_name(node)!r} stands between the head's output and logits"
             raise _refused(reason, node)
-    return found[0], operators
+    return passes, start, operators
 
 
 def _dim_after(
@@ -170,13 +164,13 @@ def _dim_after(
 
 def _without_graph(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
     notes, start = _torch.memory_of(logits) or {}, logits.storage_offset()
-    here = [notes[head, start] for head in heads if (head, start) in notes]
-    passes = [noted for way, _ in here if (noted := way())]
-    if passes and here[0][1] == (logits.shape, logits.stride(), logits.dtype):
+    ways = [notes[head, start] for head in heads if (head, start) in notes]
+    passes = [noted for way in ways if (noted := way())]
+    if passes and passes[0].layout == (logits.shape, logits.stride(), logits.dtype):
         dim = dim_of(class_dim, logits.shape)
         _check_output(passes[0], logits, dim, class_dim)
         return passes[0], dim, None
-    latest = [noted for head in heads for noted in reversed(head.latest) if noted]
+    latest = [noted for head in heads for noted in head.latest if noted]
     return _by_values(logits, class_dim, passes or latest)
 
 
@@ -212,8 +206,8 @@ def _dims_with_values(noted: ForwardPass, tensor: Tensor, class_dim: int) -> lis
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    sizes = [(of.device, of.numel(), of.shape[-1]) for of in (one, other)]
-    if sizes[0] != sizes[1]:
+    """Whether both hold the same rows, in the type of one."""
+    if (one.device, one.numel(), one.shape[-1]) != (other.device, other.numel(), other.shape[-1]):
         return False
     other = other.detach().to(one.dtype).reshape(one.shape)
     return torch.allclose(one.detach(), other, rtol=0, atol=0, equal_nan=True)

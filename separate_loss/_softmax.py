@@ -1,14 +1,13 @@
 """Softmax loss plus separate loss, for a model that returns only logits."""
 
 import warnings
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from separate_loss import _checks, _features, _watch
-from separate_loss._batch import compute_dtype, mask_ignored
+from separate_loss._batch import compute_dtype
 from separate_loss._checks import dim_of
 from separate_loss._modules import SeparateLoss, Terms
 from separate_loss._torch import compiler_moves_buffers, run_uncompiled
@@ -133,11 +132,6 @@ class SoftmaxSeparateLoss(nn.Module):
         if class_dim is None:
             class_dim = 1 if layers and isinstance(layers[-1], _watch.CONVOLUTIONS) else -1
         _checks.check_choice("class_dim", class_dim, _checks.CLASS_DIMS)
-        if separate is not None:
-            _checks.check_module("separate", separate)
-            if options:
-                given = ", ".join(options)
-                raise TypeError(f"separate is a ready loss, so {given} must be given to it instead")
         self.separate_weight = _checks.check_nonnegative("separate_weight", separate_weight)
         self.class_dim = class_dim
         self.num_classes = _size_of("num_classes", num_classes, layers, separate)
@@ -147,6 +141,10 @@ class SoftmaxSeparateLoss(nn.Module):
             if options.get("device") is None:
                 options["device"] = next((one.device for one in head.parameters()), None)
             separate = SeparateLoss(self.num_classes, self.feature_dim, **options)
+        elif options:
+            given = ", ".join(options)
+            raise TypeError(f"separate is a ready loss, so {given} must be given to it instead")
+        _checks.check_module("separate", separate)
         self.separate = separate  # type: ignore[assignment]
         self._warned: set[str] = set()
         self._heads: list[_watch.Head] = []
@@ -185,15 +183,13 @@ class SoftmaxSeparateLoss(nn.Module):
             The loss under `reduction`.
         """
         if torch.compiler.is_compiling() and not compiler_moves_buffers():
-            loss: Tensor = run_uncompiled(self._joint_loss, logits, target, features)
+            forward = SoftmaxSeparateLoss.forward  # not that of a subclass, which calls this one
+            loss: Tensor = run_uncompiled(forward, self, logits, target, features=features)
             return loss
-        return self._joint_loss(logits, target, features)
-
-    def _joint_loss(self, logits: Tensor, target: Tensor, features: Tensor | None) -> Tensor:
-        separate: nn.Module = self.separate
         _checks.check_nonnegative("separate_weight", self.separate_weight)
         _checks.check_vectors("logits", logits)
-        noted, changed_by, recorded = None, None, True
+        separate: nn.Module = self.separate
+        noted, changed_by, learning = None, None, torch.is_grad_enabled()
         if features is None:
             noted, dim, changed_by = _features.find(logits, self.class_dim, self._heads)
             features, sizes = noted.features, (self.feature_dim, self.num_classes)
@@ -203,38 +199,37 @@ class SoftmaxSeparateLoss(nn.Module):
             feature_dim = dim_of(self.class_dim, features.shape)
             moving = noted.training and id(self) not in noted.moved
             # Logits that were detached from their graph are for logging.
-            recorded = noted.recorded and not (noted.requires_grad and logits.is_leaf)
+            learning = learning and noted.recorded and not (noted.requires_grad and logits.is_leaf)
         else:
             _checks.check_vectors("features", features)
-            dim = self._dim_of("logits", logits, self.num_classes, target)
+            dim = self._dim_of("logits", logits, self.num_classes)
             feature_dim = self._dim_of("features", features, self.feature_dim)
-            fits = features.numel() * self.num_classes == logits.numel() * self.feature_dim
-            if not fits or features.shape[feature_dim] != self.feature_dim:
+            size, samples = self.feature_dim, logits.numel() // self.num_classes
+            if (features.shape[feature_dim], features.numel()) != (size, samples * size):
                 raise ValueError(
-                    f"features must hold {self.feature_dim} values for each of the samples of "
-                    f"logits of shape {tuple(logits.shape)}, got shape {tuple(features.shape)}"
+                    f"features must hold {size} values for each of the samples of logits of shape "
+                    f"{tuple(logits.shape)}, got shape {tuple(features.shape)}"
                 )
             moving = all(getattr(head.module(), "training", True) for head in self._heads)
         _checks.check_logits(logits, target, dim, self.num_classes)
         rows, features = _rows(logits, dim), _rows(features, feature_dim)
         target = _rows(target, dim) if target.is_floating_point() else target.flatten()
-        softmax = _softmax_loss(rows, target, separate)
-        warns = recorded and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        for text in self._warnings(logits, features, noted, changed_by) if warns else ():
-            warnings.warn(text, stacklevel=5)
-        moving = moving and recorded and separate.training and torch.is_grad_enabled()
+        moving = moving and learning and separate.training
         modes = [] if moving else [(module, module.training) for module in separate.modules()]
         try:
             for module, _ in modes:
                 module.training = False
-            # Last, so that invalid input does not move the centers.
-            with nullcontext() if recorded else torch.no_grad():
-                loss: Tensor = separate(features, target)
+            with torch.set_grad_enabled(learning):
+                loss = separate(features, target)
         finally:
             for module, mode in modes:
                 module.training = mode
         if noted is not None and moving:
             noted.moved.add(id(self))
+        softmax = _softmax_loss(rows, target, separate)
+        if learning and not torch.compiler.is_compiling():
+            frozen = logits.requires_grad and not features.requires_grad
+            self._warn(noted, changed_by, frozen=frozen)
         terms, mean = getattr(separate, "last_terms", None), softmax.detach()
         mean = mean.mean() if mean.ndim else mean
         self.last_terms = SoftmaxSeparateTerms(mean, *terms) if isinstance(terms, Terms) else None
@@ -242,11 +237,9 @@ class SoftmaxSeparateLoss(nn.Module):
         loss = softmax + (loss if weight == 1 else weight * loss)
         return loss.reshape(logits.select(dim, 0).shape) if loss.ndim else loss
 
-    def _dim_of(self, name: str, of: Tensor, size: int, target: Tensor | None = None) -> int:
+    def _dim_of(self, name: str, of: Tensor, size: int) -> int:
         """The dimension of classes or features where the features were given."""
         dims = [dim for dim in _checks.dims_of(of.shape) if of.shape[dim] == size]
-        if target is not None and not target.is_floating_point():
-            dims = [dim for dim in dims if of.select(dim, 0).shape == target.shape]
         if len(dims) > 1 and not self._class_dim_given:
             raise ValueError(
                 f"{name} of shape {tuple(of.shape)} fit with the classes in dimension 1 and in "
@@ -255,25 +248,23 @@ class SoftmaxSeparateLoss(nn.Module):
         dim = dim_of(self.class_dim, of.shape)
         return dim if dim in dims or not dims else dims[0]
 
-    def _warnings(
-        self, logits: Tensor, features: Tensor, noted: Any, changed_by: str | None
-    ) -> list[str]:
-        """What a call in training warns of, once."""
-        texts, separate = [], self.separate
-        moves = separate.training and getattr(separate, "center_update", "none") == "forward"
+    def _warn(self, noted: Any, changed_by: str | None, *, frozen: bool) -> None:
+        """Warns in training of what may be a mistake, once of each."""
+        texts, training = [], self.separate.training
+        moves = training and getattr(self.separate, "center_update", "none") == "forward"
         if moves and noted is not None and not noted.training:
             texts.append(
                 "the head ran in evaluation mode with gradients on, so the centers do not move; "
                 "to validate, use torch.no_grad() and criterion.eval(); to train a model in "
                 "evaluation mode, call head.train(), which has no effect on a linear layer"
             )
-        if logits.requires_grad and not features.requires_grad:
+        if frozen:
             texts.append(
                 "the features require no gradient, so the separate loss only updates centers: "
                 "ignore this if all layers before the head are frozen; if the head is the whole "
                 "model, pass its last layer as head"
             )
-        if changed_by is not None and separate.training:
+        if training and changed_by is not None:
             module = type(noted.head.module()).__name__
             texts.append(
                 f"operator {changed_by!r} changed the output of the watched {module}: without a "
@@ -281,9 +272,10 @@ class SoftmaxSeparateLoss(nn.Module):
                 f"module that returns them, such as torch.nn.Sequential({module}(...), ...), or "
                 "pass features there"
             )
-        new = [text for text in texts if text not in self._warned]
-        self._warned.update(new)
-        return new
+        for text in texts:
+            if text not in self._warned:
+                self._warned.add(text)
+                warnings.warn(text, stacklevel=5)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -334,16 +326,11 @@ def _softmax_loss(logits: Tensor, target: Tensor, separate: nn.Module) -> Tensor
     """Softmax loss of logits `(N, C)`, in float32 or wider."""
     logits, soft = logits.to(compute_dtype(logits)), target.is_floating_point()
     weight = getattr(separate, "weight", None)
-    ignore_index = getattr(separate, "ignore_index", -100)
-    try:
-        return nn.functional.cross_entropy(
-            logits,
-            target.to(logits.dtype) if soft else target.long(),
-            None if weight is None else weight.to(logits.dtype),
-            ignore_index=-100 if soft else ignore_index,
-            reduction=getattr(separate, "reduction", "mean"),
-            label_smoothing=getattr(separate, "label_smoothing", 0.0),
-        )
-    except IndexError:  # Labels out of range, for which this has a clearer error.
-        mask_ignored(target, logits.shape[-1], ignore_index)
-        raise
+    return nn.functional.cross_entropy(
+        logits,
+        target.to(logits.dtype) if soft else target.long(),
+        None if weight is None else weight.to(logits.dtype),
+        ignore_index=-100 if soft else getattr(separate, "ignore_index", -100),
+        reduction=getattr(separate, "reduction", "mean"),
+        label_smoothing=getattr(separate, "label_smoothing", 0.0),
+    )

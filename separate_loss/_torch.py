@@ -86,10 +86,10 @@ def not_compiled(function: Function) -> Function:
 
 
 @not_compiled
-def run_uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
+def run_uncompiled(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """Runs a function, and what it calls, in Python in compiled code, whose graph breaks."""
     # The mark alone would leave what the function calls to the compiler.
-    return torch.compiler.disable(function)(*arguments)
+    return torch.compiler.disable(function)(*arguments, **named)
 
 
 def compiler_moves_buffers(*, by_probabilities: bool = False) -> bool:

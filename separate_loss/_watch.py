@@ -20,10 +20,12 @@ from separate_loss import _torch
 # Without a graph, how many outputs keep their features, and how many are kept to recognise a cast;
 # how many of compiled code are kept until a loss is called.
 MAX_FEATURES, MAX_VALUES, MAX_COMPILED = 8, 2, 4
+Kept = tuple[Any, int | None]  # an input and its version; -1 if it may have changed
 CONVOLUTIONS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
+CLASS_DIMS: dict[Any, int] = {nn.Linear.forward: -1} | {layer.forward: 1 for layer in CONVOLUTIONS}
 # Files of torch.nn.modules whose layers leave samples and features where they are.
 PLAIN = {"activation", "batchnorm", "dropout", "instancenorm", "normalization"}
 
@@ -33,8 +35,7 @@ class Head:
 
     def __init__(self, class_dim: int | None) -> None:
         self.class_dim = class_dim  # of a module whose type shows it
-        self.losses: set[int] = set()  # that watch, by their ids
-        self.active = False  # whether a loss watches
+        self.losses: tuple[int, ...] = ()  # that watch, by their ids; the compiler reads no set
         self.module: Callable[[], nn.Module | None] = lambda: None  # in a copy until it runs
         self.inputs: dict[int, tuple[Any, Any]] = {}  # of passes that run, by thread
         self.recent: deque[weakref.ref[ForwardPass]] = deque()  # without a graph
@@ -48,18 +49,16 @@ class Head:
 class ForwardPass:
     """A forward pass of a watched module."""
 
-    output: weakref.ref[Tensor] | None = None
-    output_version: int | None = None
+    output: weakref.ref[Tensor]
+    layout: tuple[Any, ...]  # of the output
     values: Tensor | None = None  # of an output whose changes no version shows
 
-    def __init__(
-        self, head: Head, features: Any, version: int | None, output: Tensor, training: bool
-    ) -> None:
-        self.head, self.features, self.training = head, features, training
-        self.version = version  # of the features; -1 if they may have changed
+    def __init__(self, head: Head, kept: Kept, output: Tensor, training: bool) -> None:
+        self.head, self.training = head, training
+        self.features, self.version = kept
         self.recorded, self.requires_grad = torch.is_grad_enabled(), output.requires_grad
         self.moved: set[int] = set()  # losses whose centers this pass has moved
-        self.sizes = output.shape
+        self.sizes, self.output_version = output.shape, _torch.version_of(output)
 
 
 def watch(module: nn.Module, loss: nn.Module) -> Head:
@@ -78,14 +77,13 @@ def watch(module: nn.Module, loss: nn.Module) -> Head:
 
 def join(head: Head, loss: nn.Module) -> None:
     """Lets a loss watch until it leaves or is deleted."""
-    head.losses.add(id(loss))
-    head.active = True
+    head.losses += (id(loss),)
     weakref.finalize(loss, leave, head, id(loss)).atexit = False
 
 
 def leave(head: Head, loss: int, module: nn.Module | None = None) -> None:
     """Removes the hooks, and what they keep, if no other loss watches."""
-    head.losses.discard(loss)
+    head.losses = tuple(one for one in head.losses if one != loss)
     module = module or head.module()
     if head.losses:
         return
@@ -108,11 +106,10 @@ def _head_of(hook: Any) -> Head | None:
 
 def _class_dim_of(module: nn.Module) -> int | None:
     """The class dimension of layers, and of sequences of them and plain modules; else None."""
-    for layer in (nn.Linear, *CONVOLUTIONS):
-        if isinstance(module, layer) and type(module).forward is layer.forward:
-            return -1 if layer is nn.Linear else 1
+    if type(module) is not nn.Sequential:
+        return CLASS_DIMS.get(getattr(type(module), "forward", None))
     dims = set()
-    for part in module if type(module) is nn.Sequential else ():
+    for part in module:
         package, _, file = type(part).__module__.rpartition(".")
         plain = package == "torch.nn.modules" and file in PLAIN
         dims.update([] if plain or type(part) is nn.Identity else [_class_dim_of(part)])
@@ -121,7 +118,7 @@ def _class_dim_of(module: nn.Module) -> int | None:
 
 def keep(head: Head, module: nn.Module, inputs: tuple[Any, ...], *named: dict[str, Any]) -> None:
     """The hook before a module that may change its input in place."""
-    if head.active and not _torch.is_exporting():
+    if head.losses and not _torch.is_exporting():
         given = _first(inputs, *named)
         in_place = any(getattr(layer, "inplace", False) for layer in module.modules())
         head.inputs[_thread()] = given, _as_it_is(given, in_place)
@@ -129,20 +126,22 @@ def keep(head: Head, module: nn.Module, inputs: tuple[Any, ...], *named: dict[st
 
 def record(head: Head, module: nn.Module, inputs: tuple[Any, ...], *others: Any) -> None:
     """The hook after a module; quantization calls it without keyword arguments."""
-    if not head.active or _torch.is_exporting():
+    if not head.losses or _torch.is_exporting():
         return
     given, compiling = _first(inputs, *others[:-1]), torch.compiler.is_compiling()
     before, kept = head.inputs.pop(_thread(), (given, None)) if head.inputs else (given, None)
-    features, version = kept or _as_it_is(given)
-    if not _same_memory(before, given):
-        # Another hook exchanged the input. With version 0 it did not change since.
-        features, version = given, -1 if _torch.version_of(given) is None else 0
+    if before is not given:
+        memory = None if compiling else _torch.memory_of(before)
+        if memory is None or memory is not _torch.memory_of(given):
+            # Another hook exchanged the input. With version 0 it did not change since.
+            kept = given, -1 if _torch.version_of(given) is None else 0
+    kept = kept or _as_it_is(given)
     for output in _tensors(others[-1]):
         if output is given or not output.is_floating_point():
             continue
-        noted = ForwardPass(head, features, version, output, module.training)
+        noted = ForwardPass(head, kept, output, module.training)
         if not compiling:
-            head.module, noted.output_version = weakref.ref(module), _torch.version_of(output)
+            head.module = weakref.ref(module)
             note(noted, output)
             continue
         if output.is_cpu or not noted.recorded:  # Elsewhere the comparison would wait.
@@ -150,20 +149,11 @@ def record(head: Head, module: nn.Module, inputs: tuple[Any, ...], *others: Any)
         head.compiled = (*head.compiled[1 - MAX_COMPILED :], (output, noted))
 
 
-def _as_it_is(given: Any, copied: bool = False) -> tuple[Any, int | None]:
+def _as_it_is(given: Any, copied: bool = False) -> Kept:
     """An input and its version; a copy if told so, or if no version would show a change."""
-    version = _torch.version_of(given)
-    if isinstance(given, Tensor) and (copied or version is None):
+    if isinstance(given, Tensor) and (copied or _torch.version_of(given) is None):
         given = given.clone()
-        version = _torch.version_of(given)
-    return given, version
-
-
-def _same_memory(one: Any, other: Any) -> bool:
-    if one is other or torch.compiler.is_compiling():
-        return one is other
-    memory = _torch.memory_of(one)
-    return memory is not None and memory is _torch.memory_of(other)
+    return given, _torch.version_of(given)
 
 
 def _thread() -> int:
@@ -189,8 +179,8 @@ def _tensors(output: Any) -> list[Tensor]:
 
 def note(noted: ForwardPass, output: Tensor) -> None:
     """Notes a pass where logits that come from its output lead to it."""
-    head, node, reference = noted.head, output.grad_fn, weakref.ref(noted)
-    noted.output, memory = weakref.ref(output), _torch.memory_of(output)
+    head, node, memory = noted.head, output.grad_fn, _torch.memory_of(output)
+    reference = weakref.ref(noted)
 
     def after_backward(*_: object) -> None:
         if not _torch.backward_keeps_graph() and (noted := reference()):
@@ -207,9 +197,8 @@ def note(noted: ForwardPass, output: Tensor) -> None:
         head.recent.append(reference)
         if len(head.recent) > MAX_FEATURES and (oldest := head.recent.popleft()()):
             oldest.features = None
+    noted.output, noted.layout = weakref.ref(output), (output.shape, output.stride(), output.dtype)
     if memory is not None:
         # Without a graph the memory owns the pass, but not one whose features it holds.
-        owned = node is None and not _same_memory(noted.features, output)
-        way = (lambda: noted) if owned else reference
-        layout = output.shape, output.stride(), output.dtype
-        memory[head, output.storage_offset()] = way, layout
+        owned = node is None and memory is not _torch.memory_of(noted.features)
+        memory[head, output.storage_offset()] = (lambda: noted) if owned else reference
