@@ -164,8 +164,7 @@ def _dim_after(
 
 def _without_graph(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
     notes, start = _torch.memory_of(logits) or {}, logits.storage_offset()
-    ways = [notes[head, start] for head in heads if (head, start) in notes]
-    passes = [noted for way in ways if (noted := way())]
+    passes = [one for head in heads if (one := notes.get((head, start), lambda: None)())]
     if passes and passes[0].layout == (logits.shape, logits.stride(), logits.dtype):
         dim = dim_of(class_dim, logits.shape)
         _check_output(passes[0], logits, dim, class_dim)
@@ -181,7 +180,7 @@ def _by_values(logits: Tensor, class_dim: int, passes: list[ForwardPass]) -> Fou
         recent = "logits without a graph must be a recent output of the head, a view of one, or a "
         raise _refused(f"{recent}cast of one of the latest {MAX_VALUES}" if passes else NO_PASS)
     (noted, dim), *others = fits
-    rows = logits.detach().movedim(dim, -1).flatten(0, -2)
+    rows = logits.detach().movedim(dim, -1).reshape(-1, logits.shape[dim])
     same = len(rows) > 1 and bool((rows == rows[:1]).all())
     if same or any(at != dim or not _equal(one.features, noted.features) for one, at in others):
         raise _refused("logits have the same values for several samples, dimensions or passes")

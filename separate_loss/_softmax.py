@@ -38,7 +38,7 @@ class SeparateOptions(TypedDict, total=False):
 class SoftmaxSeparateTerms(NamedTuple):
     """The terms of Eq. 9, and how many classes had a center; detached scalars.
 
-    `intra` is a mean under every reduction.
+    `intra` is a mean under every reduction, `softmax` also under ``reduction="none"``.
 
     Examples:
         >>> head = torch.nn.Linear(2, 2, bias=False)
@@ -73,9 +73,8 @@ class SoftmaxSeparateLoss(nn.Module):
             `(N, d)` and target, and returns a scalar. It is in training mode exactly when centers
             may move. If it has `last_terms` of type `Terms`, they are read; if it has `weight`,
             `ignore_index`, `reduction` or `label_smoothing`, the softmax loss takes them.
-        separate_weight: lambda, finite and not negative: 1 with the default form, 0.9 with
-            ``form="paper"``, as in the paper. See `SeparateLoss` on large ones. May be assigned
-            later, for example in each epoch.
+        separate_weight: lambda, finite and not negative; see `SeparateLoss`. May be assigned later,
+            for example in each epoch.
         num_classes: C; None reads it from the last linear or convolutional layer in `head`.
         feature_dim: d; None reads it from the first such layer.
         class_dim: the dimension of C in the head's output and of d in its input: 1 or -1. None
@@ -90,8 +89,7 @@ class SoftmaxSeparateLoss(nn.Module):
 
     Attributes:
         separate: the `SeparateLoss`, with its `centers`.
-        last_terms: softmax loss (its mean for ``reduction="none"``), intra- and inter-class loss of
-            the last call and the number of classes that had a center, for logging; None before the
+        last_terms: the `SoftmaxSeparateTerms` of the last call, for logging; None before the
             first, and if `separate` has none.
 
     Raises:
@@ -171,10 +169,9 @@ class SoftmaxSeparateLoss(nn.Module):
         """Returns the loss of logits of the watched head; then, in training, updates the centers.
 
         Args:
-            logits: what the model returned for one forward pass of the head, or a view, cast,
-                scaling or shift of it, with the samples in the same order. Several passes may run
-                before the calls. Several calls may use one pass until its graph is freed; the first
-                of them updates the centers.
+            logits: those of one forward pass of the head, with the samples in the same order.
+                Several passes may run before the calls. Several calls may use one pass until its
+                graph is freed; the first of them updates the centers.
             target: class indices or class probabilities.
             features: the features of each sample, `(N, d, *)` or `(*, d)` as the head takes them.
                 None takes those that were noted for the logits.
