@@ -180,7 +180,7 @@ def _tensors(output: Any) -> list[Tensor]:
 def note(noted: ForwardPass, output: Tensor) -> None:
     """Notes a pass where logits that come from its output lead to it."""
     head, node, memory = noted.head, output.grad_fn, _torch.memory_of(output)
-    reference = weakref.ref(noted)
+    reference, noted.output = weakref.ref(noted), weakref.ref(output)
 
     def after_backward(*_: object) -> None:
         if not _torch.backward_keeps_graph() and (noted := reference()):
@@ -197,8 +197,8 @@ def note(noted: ForwardPass, output: Tensor) -> None:
         head.recent.append(reference)
         if len(head.recent) > MAX_FEATURES and (oldest := head.recent.popleft()()):
             oldest.features = None
-    noted.output, noted.layout = weakref.ref(output), (output.shape, output.stride(), output.dtype)
     if memory is not None:
+        noted.layout = output.shape, output.stride(), output.dtype
         # Without a graph the memory owns the pass, but not one whose features it holds.
         owned = node is None and memory is not _torch.memory_of(noted.features)
         memory[head, output.storage_offset()] = (lambda: noted) if owned else reference

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from separate_loss import SoftmaxSeparateLoss
-from tests.helpers.heads import FEATURE_DIM, NUM_CLASSES, TARGET, inputs_of, model_and_loss
+from tests.helpers.heads import (
+    CENTERS,
+    FEATURE_DIM,
+    NUM_CLASSES,
+    TARGET,
+    inputs_of,
+    model_and_loss,
+)
 from tests.helpers.models import Attention, Residual
 from tests.helpers.releases import COMPILES_UPDATES
 
@@ -79,6 +86,20 @@ def test_two_passes_and_two_losses_compile_to_one_graph() -> None:
     expected = [criterion(model(batch), TARGET) for batch in batches]
     call: Any = torch.compile(both, fullgraph=COMPILES_UPDATES, backend="aot_eager")
     torch.testing.assert_close(call(*batches), expected)
+
+
+def test_a_subclass_may_call_the_compiled_loss_of_its_parent() -> None:
+    """Where a release runs the loss uncompiled, that is the parent's part alone."""
+
+    class Doubled(SoftmaxSeparateLoss):
+        def forward(self, *arguments: Any, **named: Any) -> Tensor:
+            return 2 * super().forward(*arguments, **named)
+
+    model, criterion = model_and_loss()
+    doubled = Doubled(model[-1], center_init=CENTERS)
+    inputs = inputs_of()
+    step = torch.compile(lambda inputs: doubled(model(inputs), TARGET), backend="aot_eager")
+    torch.testing.assert_close(step(inputs), 2 * criterion(model(inputs), TARGET))
 
 
 def test_a_compiled_loss_can_be_pickled() -> None:

@@ -182,6 +182,14 @@ def test_copied_logits_without_a_graph_are_known_by_their_values(mode: str) -> N
             criterion(outputs[2], TARGET)
 
 
+def test_a_cast_of_one_sample_is_known_by_its_values() -> None:
+    model, criterion = model_and_loss()
+    features = torch.randn(FEATURE_DIM)
+    with torch.no_grad():
+        loss = criterion(model[-1](features), TARGET[0])
+        torch.testing.assert_close(criterion(model[-1](features).double(), TARGET[0]).float(), loss)
+
+
 def test_operators_on_compiled_outputs_are_checked() -> None:
     model, criterion = model_and_loss(center_update="none")
     call, _ = in_mode("compiled", model)
