@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,23 @@ class Terms(NamedTuple):
     intra: Tensor
     inter: Tensor
     num_centers: Tensor
+
+
+class SeparateOptions(TypedDict, total=False):
+    """The keyword arguments of `SeparateLoss`."""
+
+    form: Form
+    center_update: CenterUpdate
+    center_lr: float | None
+    center_init: CenterInit | Tensor | None
+    weight: Tensor | None
+    ignore_index: int
+    reduction: Reduction
+    label_smoothing: float
+    process_group: "ProcessGroup | None"
+    sync_centers: bool
+    device: torch.device | str | int | None
+    dtype: torch.dtype | None
 
 
 class SeparateLoss(nn.Module):

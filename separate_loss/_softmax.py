@@ -1,7 +1,7 @@
 """Softmax loss plus separate loss, for a model that returns only logits."""
 
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -9,30 +9,10 @@ from torch import Tensor, nn
 from separate_loss import _checks, _features, _watch
 from separate_loss._batch import compute_dtype
 from separate_loss._checks import dim_of
-from separate_loss._modules import SeparateLoss, Terms
+from separate_loss._modules import SeparateLoss, SeparateOptions, Terms
 from separate_loss._torch import compiler_moves_buffers, run_uncompiled
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 __all__ = ["SoftmaxSeparateLoss", "SoftmaxSeparateTerms"]
-
-
-class SeparateOptions(TypedDict, total=False):
-    """The keyword arguments of `SeparateLoss`."""
-
-    form: _checks.Form
-    center_update: _checks.CenterUpdate
-    center_lr: float | None
-    center_init: _checks.CenterInit | Tensor | None
-    weight: Tensor | None
-    ignore_index: int
-    reduction: _checks.Reduction
-    label_smoothing: float
-    process_group: "ProcessGroup | None"
-    sync_centers: bool
-    device: torch.device | str | int | None
-    dtype: torch.dtype | None
 
 
 class SoftmaxSeparateTerms(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from separate_loss import SeparateLoss, SoftmaxSeparateLoss
-from separate_loss._softmax import SeparateOptions
+from separate_loss._modules import SeparateOptions
 from tests.helpers.heads import (
     CENTERS,
     FEATURE_DIM,
