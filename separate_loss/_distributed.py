@@ -1,7 +1,5 @@
 """What keeps the centers equal in all processes of torch.distributed."""
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,13 +8,10 @@ from separate_loss._checks import check_bool
 from separate_loss._torch import assert_on_device
 from separate_loss._tracing import has_values
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 MAX_SETTINGS = 512
 
 
-def check_process_group(process_group: "ProcessGroup | None", sync_centers: object) -> None:
+def check_process_group(process_group: "dist.ProcessGroup | None", sync_centers: object) -> None:
     """None or a group; None without synchronisation."""
     check_bool("sync_centers", sync_centers)
     is_group = dist.is_available() and isinstance(process_group, dist.ProcessGroup)
@@ -30,8 +25,8 @@ def check_process_group(process_group: "ProcessGroup | None", sync_centers: obje
 
 
 def resolve_group(
-    process_group: "ProcessGroup | None", sync_centers: bool
-) -> "ProcessGroup | None":
+    process_group: "dist.ProcessGroup | None", sync_centers: bool
+) -> "dist.ProcessGroup | None":
     """The group to synchronise with; None if there is none, or a single process in it."""
     if not sync_centers or not (dist.is_available() and dist.is_initialized()):
         return None
@@ -39,7 +34,7 @@ def resolve_group(
     return group if dist.get_world_size(group) > 1 else None
 
 
-def broadcast_centers_(centers: Tensor, group: "ProcessGroup") -> None:
+def broadcast_centers_(centers: Tensor, group: "dist.ProcessGroup") -> None:
     """Broadcasts rank 0's centers, in place."""
     shared = centers.detach()
     # A sum with zeros: the compiler traces all_reduce, and no broadcast.
@@ -59,23 +54,21 @@ def check_own_parameter(centers: Tensor) -> None:
 
 
 def check_same_settings(
-    settings: dict[str, object], device: torch.device, group: "ProcessGroup"
+    settings: dict[str, object], device: torch.device, group: "dist.ProcessGroup"
 ) -> None:
     """Raises in all processes where settings differ, before backends abort or read garbage."""
     # As text, since all_gather_object needs NumPy. Of one length, so that nothing else is sent.
-    text = "\n".join(map(str, settings.values())).encode()
-    text = text[:MAX_SETTINGS].ljust(MAX_SETTINGS)
+    text = "\n".join(map(str, settings.values())).encode()[:MAX_SETTINGS].ljust(MAX_SETTINGS)
     own = torch.tensor(list(text), dtype=torch.uint8, device=device)
     found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, own, group=group)
-    processes = [bytes(other.tolist()).decode().split("\n") for other in found]
-    for name, (first, *others) in zip(settings, zip(*processes, strict=True), strict=True):
-        numbered = enumerate(others, 1)
-        unlike = [f"{one.strip()} in process {rank}" for rank, one in numbered if one != first]
+    texts = [bytes(one.tolist()).decode().rstrip(" ").split("\n") for one in found]
+    for name, (first, *others) in zip(settings, zip(*texts, strict=True), strict=True):
+        unlike = [f"{one} in process {rank}" for rank, one in enumerate(others, 1) if one != first]
         if unlike:
             raise ValueError(
-                f"{name} must be the same in all processes, got {first.strip()} in the group's "
-                f"process 0 and {', '.join(unlike)}"
+                f"{name} must be the same in all processes, got {first} in the group's process 0 "
+                f"and {', '.join(unlike)}"
             )
 
 
@@ -89,7 +82,7 @@ def check_same_dtype(num_double: int, size: int) -> None:
 
 
 def all_reduce_sums(
-    group: "ProcessGroup", dtype: torch.dtype, packed: Tensor
+    group: "dist.ProcessGroup", dtype: torch.dtype, packed: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Sums class sums (C, d) and counts (C,) over all processes, for centers of a type.
 
@@ -109,7 +102,7 @@ def all_reduce_sums(
     return packed[:-1, :-1], packed[:-1, -1]
 
 
-def all_reduce_gradient(centers: Tensor, group: "ProcessGroup") -> Tensor:
+def all_reduce_gradient(centers: Tensor, group: "dist.ProcessGroup") -> Tensor:
     """The centers, with a gradient that is averaged over all processes.
 
     DistributedDataParallel may average as well: equal gradients stay as they are.

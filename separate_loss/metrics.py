@@ -71,7 +71,6 @@ class ClassStatistics:
         self.unit_sums = torch.zeros_like(self.sums)
         self.counts = torch.zeros_like(self.sums[:, 0])
 
-    @torch.no_grad()
     def update(self, features: Tensor, target: Tensor) -> Self:
         """Adds a batch of features `(*, d)` with class indices `(*)`, and returns itself."""
         num_classes, feature_dim = self.sums.shape
@@ -89,7 +88,6 @@ class ClassStatistics:
             self.unit_sums.index_add_(0, index[rows], normalize(vectors)[0])
         return self
 
-    @torch.no_grad()
     def all_reduce(self, process_group: "ProcessGroup | None" = None) -> "ClassStatistics":
         """Returns new statistics of the samples of all processes, and keeps its own.
 
@@ -105,12 +103,10 @@ class ClassStatistics:
                 dist.all_reduce(part, group=group)
         return total
 
-    @torch.no_grad()
     def class_centers(self) -> Tensor:
         """Returns what the function `class_centers` returns."""
         return self.sums / self.counts.unsqueeze(-1)
 
-    @torch.no_grad()
     def intra_class_similarity(
         self, centers: Tensor | None = None, *, reduction: Reduction = "mean"
     ) -> Tensor:
@@ -178,7 +174,6 @@ def intra_class_similarity(
     return statistics.intra_class_similarity(centers, reduction=reduction)
 
 
-@torch.no_grad()
 def inter_class_similarity(centers: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     """Mean cosine between centers of different classes; per class, to those of all others.
 
@@ -198,14 +193,11 @@ def inter_class_similarity(centers: Tensor, *, reduction: Reduction = "mean") ->
     """
     _checks.check_centers("centers", centers)
     units, _ = normalize(_wide(centers))
-    absent = units.isnan().any(-1)
-    units = units.masked_fill(absent.unsqueeze(-1), 0)
-    others = (~absent).sum() - 1
-    cosines = (units * (units.sum(0) - units)).sum(-1) / others.masked_fill(others < 1, 0)
-    return _reduce(cosines.masked_fill(absent, torch.nan), reduction)
+    others = units.isfinite().all(-1).sum() - 1
+    cosines = (units * (units.nansum(0) - units)).sum(-1) / others.clamp(min=0)
+    return _reduce(cosines, reduction)
 
 
-@torch.no_grad()
 def center_agreement(
     centers: Tensor, true_centers: Tensor, *, reduction: Reduction = "mean"
 ) -> Tensor:
@@ -244,7 +236,6 @@ def nearest_center(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@torch.no_grad()
 def nearest_center(
     features: Tensor, centers: Tensor, *, return_cosines: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -277,18 +268,15 @@ def nearest_center(
     _checks.check_bool("return_cosines", return_cosines)
     _checks.check_order(features)
     units, norms = normalize(_wide(centers))
-    missing = ~norms.isfinite()
-    index = torch.empty(features.shape[:-1].numel(), dtype=torch.long, device=features.device)
-    cosines = torch.empty_like(index, dtype=units.dtype)
-    for rows, vectors in _parts(features, len(centers)):
-        found = (normalize(vectors)[0] @ units.mT).masked_fill_(missing, -torch.inf)
-        cosines[rows], index[rows] = found.max(-1)
+    found = [
+        (normalize(vectors)[0] @ units.mT).masked_fill_(~norms.isfinite(), -torch.inf).max(-1)
+        for _, vectors in _parts(features, len(centers))
+    ]
+    cosines, index = (torch.cat(part) for part in zip(*found, strict=True))
     unknown = ~cosines.isfinite()
-    index = index.masked_fill_(unknown, -1).reshape(features.shape[:-1])
-    if not return_cosines:
-        return index
-    cosines = cosines.clamp_(-1, 1).masked_fill_(unknown, torch.nan)
-    return index, cosines.reshape(features.shape[:-1])
+    index = index.masked_fill(unknown, -1).view(features.shape[:-1])
+    cosines = cosines.clamp(-1, 1).masked_fill(unknown, torch.nan).view_as(index)
+    return (index, cosines) if return_cosines else index
 
 
 def _statistics(
@@ -321,5 +309,5 @@ def _reduce(cosines: Tensor, reduction: Reduction) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """Converts to float64, or to float32 on Apple GPUs, which have no float64."""
-    return tensor.float() if tensor.device.type == "mps" else tensor.double()
+    """Detaches and converts to float64, or to float32 on Apple GPUs, which have no float64."""
+    return tensor.detach().float() if tensor.device.type == "mps" else tensor.detach().double()

@@ -77,12 +77,10 @@ def feature_space(
     if axes is None:
         axes = plt.figure(figsize=(6, 6), layout="constrained").add_subplot()
 
-    halo = [withStroke(linewidth=3, foreground="white")]
     for label in np.unique(labels).tolist():
         members = drawn[labels == label]
-        axes.scatter(
-            members[:, 0], members[:, 1], s=9, color=colors[label], alpha=0.55, linewidths=0
-        )
+        x, y = members.T
+        axes.scatter(x, y, s=9, color=colors[label], alpha=0.55, linewidths=0)
         finite = members[np.isfinite(members).all(1)]
         mean = finite.mean(0) if len(finite) else [0, 0]
         if "true_centers" in centers and np.isfinite(centers["true_centers"][label]).all():
@@ -96,7 +94,7 @@ def feature_space(
             fontsize=12,
             fontweight="bold",
             color=colors[label],
-            path_effects=halo,
+            path_effects=[withStroke(linewidth=3, foreground="white")],
         )
     handles = []
     for name, rows in centers.items():
@@ -118,7 +116,6 @@ def _array(values: "Tensor | ArrayLike") -> "NDArray[Any]":
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         values = values.double() if values.is_floating_point() else values
-        return values.numpy()
     return np.asarray(values)
 
 
