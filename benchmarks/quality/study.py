@@ -10,15 +10,7 @@ from torch import Tensor
 from benchmarks.data import FeatureKind, Split
 from benchmarks.harness import Interval, is_below, paired_interval
 from benchmarks.quality.data import DATA, ONE, RATES, SOFTMAX, THREE, Files, Row
-from benchmarks.training import (
-    FIGURES,
-    METHODS,
-    CosineHead,
-    Figures,
-    evaluate,
-    learned_centers,
-    train_steps,
-)
+from benchmarks.training import FIGURES, METHODS, CosineHead, evaluate, learned_centers, train_steps
 
 
 @dataclass(frozen=True)
@@ -125,15 +117,10 @@ class Study:
     def run(self) -> None:
         """Tunes the rate with softmax loss alone, then each weight, and trains what is reported."""
         for kind, rows in self.data.rows.items():
-            start = self.data.start
-            self.rates[kind] = start[0]
-            if len(start) > 1:
-                self.rates[kind] = self._tune(kind, "rate", start, RATES)
-            for row in rows:
-                if row.tuned:
-                    method = METHODS[row.method]
-                    found = self._tune(kind, row.method, method.start, method.candidates)
-                    self.weights[kind, row.method] = found
+            self.rates[kind] = self._tune(kind, "rate", self.data.start, RATES)
+            for name in (row.method for row in rows if row.tuned):
+                start, candidates = METHODS[name].start, METHODS[name].candidates
+                self.weights[kind, name] = self._tune(kind, name, start, candidates)
         reported = [(kind, row) for kind, rows in self.data.rows.items() for row in rows]
         self.measure([setting for one in reported for setting in self.settings(*one)])
 
@@ -141,29 +128,24 @@ class Study:
         self, kind: FeatureKind, name: str, start: Sequence[float], candidates: Sequence[float]
     ) -> float:
         """The best candidate; the range is extended while its best is the first or last."""
+        if len(start) == 1:
+            return start[0]
+
+        def settings(value: float) -> list[Setting]:
+            run = ("softmax", 0.0, value) if name == "rate" else (name, value, self.rates[kind])
+            seeds = range(100, 100 + self.tuning_seeds)  # other than the reported ones
+            return [Setting(self.name, kind, *run, n, self.epochs, tuning=True) for n in seeds]
+
         tried = self.tried[kind, name] = {}
-        wanted = list(start)
+        wanted = start
         while True:
-            settings = {
-                value: [
-                    Setting(self.name, kind, *run, seed, self.epochs, tuning=True)
-                    # Other seeds than the reported ones.
-                    for seed in range(100, 100 + self.tuning_seeds)
-                ]
-                for value in wanted
-                for run in [
-                    ("softmax", 0.0, value) if name == "rate" else (name, value, self.rates[kind])
-                ]
-            }
-            self.measure([setting for group in settings.values() for setting in group])
-            for value, group in settings.items():
-                tried[value] = fmean(self.found[setting.key()][0] or 0.0 for setting in group)
-            best, places = max(tried, key=tried.__getitem__), sorted(map(candidates.index, tried))
-            wanted = []
-            if best == candidates[places[0]] and places[0] > 0:
-                wanted = [candidates[places[0] - 1]]
-            elif best == candidates[places[-1]] and places[-1] + 1 < len(candidates):
-                wanted = [candidates[places[-1] + 1]]
+            self.measure([setting for value in wanted for setting in settings(value)])
+            for value in wanted:
+                tried[value] = fmean(self.found[one.key()][0] or 0.0 for one in settings(value))
+            best = max(tried, key=tried.__getitem__)
+            place = candidates.index(best)
+            beside = candidates[max(0, place - 1) : place + 2]
+            wanted = [value for value in beside if value not in tried]
             if not wanted or self.quick:
                 return best
 
@@ -173,7 +155,7 @@ class Study:
         run = (self.name, kind, row.method, weight, self.rates[kind])
         return [Setting(*run, seed, self.epochs, scale=row.scale) for seed in range(self.seeds)]
 
-    def figures(self, kind: FeatureKind, row: Row) -> list[Figures]:
+    def figures(self, kind: FeatureKind, row: Row) -> list[dict[str, float | None]]:
         """The figures of a row, a training each."""
         runs = (self.found[setting.key()] for setting in self.settings(kind, row))
         return [dict(zip(FIGURES, run, strict=True)) for run in runs]
@@ -195,12 +177,13 @@ def default_weight(studies: Sequence[Study]) -> tuple[float, str]:
     3, if its mean gain on the tuning parts is larger, in units of softmax loss's deviation; if it
     is below softmax loss nowhere, at a family-wise 5 % (Holm); and not with plain SGD.
     """
-    lines = [
-        (study, kind)
-        for study in studies
-        for kind in study.data.rows
-        if {SOFTMAX, THREE} <= {*study.data.rows[kind]} and study.name != "sgd"
-    ]
+    plain, lines = [], []
+    for study in studies:
+        for kind, rows in study.data.rows.items():
+            if study.name == "sgd":
+                plain.append((kind, study.difference(kind, THREE, SOFTMAX)[0]))
+            elif {SOFTMAX, THREE} <= {*rows}:
+                lines.append((study, kind))
     gains = {}
     for row in (ONE, THREE):
         scaled = []
@@ -219,12 +202,6 @@ def default_weight(studies: Sequence[Study]) -> tuple[float, str]:
         if value > 0.05 / (len(found) - rank):
             break
         below.append(f"{title}, {kind}")
-    plain = [
-        (kind, study.difference(kind, THREE, SOFTMAX)[0])
-        for study in studies
-        if study.name == "sgd"
-        for kind in study.data.rows
-    ]
     larger = gains[THREE] > gains[ONE]
     weight = 3.0 if larger and not below and all(mean >= 0 for _, mean in plain) else 1.0
     listed = ", ".join(f"{kind} {mean:+.1f}" for kind, mean in plain)

@@ -6,18 +6,7 @@ from typing import Any
 
 from benchmarks.data import FeatureKind
 from benchmarks.harness import format_interval, format_spread, provenance, table
-from benchmarks.quality.data import (
-    BALANCED,
-    FIXED,
-    LONG,
-    ONE,
-    PAPER,
-    PEERS,
-    SOFTMAX,
-    THREE,
-    TUNED,
-    Row,
-)
+from benchmarks.quality.data import BALANCED, FIXED, LONG, ONE, PAPER, PEERS, SOFTMAX, THREE, Row
 from benchmarks.quality.study import Study, default_weight
 
 # Title and digits of each figure beside the accuracy.
@@ -44,6 +33,7 @@ closest; agreement of learned centers or proxies with class means, and the lowes
 Nearest: accuracy of the nearest of these by cosine. Norm: of the features."""
 SHORT = ("banking", "clinc", "digits", "code", "rare-banking", "cifar10")
 Line = tuple[Study, FeatureKind]
+Table = tuple[list[str], list[list[object]]]  # header and rows
 
 
 def page(studies: Sequence[Study], environments: Mapping[str, Mapping[str, Any]]) -> str:
@@ -54,17 +44,18 @@ def page(studies: Sequence[Study], environments: Mapping[str, Mapping[str, Any]]
         ("In one table", _short),
         ("In short", _summary), ("A neck", _neck), ("Where it harms", _harm),
     ):  # fmt: skip
-        if text := draw(lines):
-            parts += [f"## {title}", text]
-    if any(_has(line, *FIXED, TUNED) for line in lines):
+        header, rows = draw(lines)
+        if rows:
+            parts += [f"## {title}", table(header, rows)]
+    if any((kind, "simplex") in study.tried for study, kind in lines):
         parts += ["## The default weight", default_weight(studies)[1]]
     for study in studies:
         data = study.data
-        parts.append(f"## {data.title[0].upper()}{data.title[1:]}")
-        parts.append(
+        parts += [
+            f"## {data.title[0].upper()}{data.title[1:]}",
             f"{study.epochs} epochs, batches of {data.batch_size}, {study.seeds} seeds, "
-            f"{study.tuning_seeds} to tune on. {provenance(environments[study.name])}"
-        )
+            f"{study.tuning_seeds} to tune on. {provenance(environments[study.name])}",
+        ]
         for kind in data.rows:
             parts += [f"### {study.name}, {kind}", _rows(study, kind), _tuning(study, kind)]
     return "\n\n".join(parts) + "\n"
@@ -74,91 +65,72 @@ def _has(line: Line, *rows: Row) -> bool:
     return {*rows} <= {*line[0].data.rows[line[1]]}
 
 
-def best_peer(line: Line) -> Row:
-    """The one with the best mean accuracy on the reported part, which favours it."""
+def _best_peer(line: Line) -> str:
+    """What the best peer adds on the reported part, which favours it."""
     study, kind = line
     peers = [row for row in PEERS if _has(line, row)]
-    return max(peers, key=lambda row: fmean(study.values(kind, row)))
+    best = max(peers, key=lambda row: fmean(study.values(kind, row)))
+    return f"{_interval(line, best)} ({best.title.removeprefix('+ ')})"
 
 
-def _summary(lines: Sequence[Line]) -> str:
+def _summary(lines: Sequence[Line]) -> Table:
     """What the best peer and each form add to softmax loss, in points of accuracy."""
-    rows = []
-    for line in lines:
-        if not _has(line, SOFTMAX, PEERS[0], ONE):
-            continue
-        peer = best_peer(line)
-        cells = [f"{_interval(line, peer)} ({peer.title.removeprefix('+ ')})"]
-        cells += [_interval(line, row) if _has(line, row) else "-" for row in (PAPER, ONE, THREE)]
-        rows.append([*_start(line), *cells])
+    rows = [
+        [*_start(line), _best_peer(line), *(_interval(line, row) for row in (PAPER, ONE, THREE))]
+        for line in lines
+        if _has(line, SOFTMAX, PEERS[0], ONE)
+    ]
     titles = ["+ best peer", "+ paper's form, 0.9", "+ simplex form, 1", "+ simplex form, 3"]
-    return table(["data", "features", "softmax loss", *titles], rows) if rows else ""
+    return ["data", "features", "softmax loss", *titles], rows
 
 
-def _short(lines: Sequence[Line]) -> str:
+def _short(lines: Sequence[Line]) -> Table:
     """A line for each data set, as README shows it."""
     first = {line[0].name: line for line in reversed(lines) if _has(line, SOFTMAX, PEERS[0], ONE)}
     rows = [
-        [
-            line[0].data.title,
-            format_spread(line[0].values(line[1], SOFTMAX), 1),
-            f"{_interval(line, peer)} ({peer.title.removeprefix('+ ')})",
-            _interval(line, ONE),
-        ]
+        [title, softmax, _best_peer(line), _interval(line, ONE)]
         for line in reversed(first.values())
-        for peer in [best_peer(line)]
+        for title, _, softmax in [_start(line)]
         if line[0].name in SHORT
     ]
-    return table(["data", "softmax loss", "+ best peer", "+ simplex form, 1"], rows) if rows else ""
+    return ["data", "softmax loss", "+ best peer", "+ simplex form, 1"], rows
 
 
-def _start(line: Line) -> list[object]:
+def _start(line: Line, row: Row = SOFTMAX, figure: str = "accuracy") -> list[object]:
     study, kind = line
-    return [study.data.title, kind, format_spread(study.values(kind, SOFTMAX), 1)]
+    return [study.data.title, kind, format_spread(study.values(kind, row, figure), 1)]
 
 
 def _interval(line: Line, row: Row, other: Row = SOFTMAX, figure: str = "accuracy") -> str:
     study, kind = line
-    return format_interval(study.difference(kind, row, other, figure))
+    return format_interval(study.difference(kind, row, other, figure) if _has(line, row) else None)
 
 
-def _neck(lines: Sequence[Line]) -> str:
+def _neck(lines: Sequence[Line]) -> Table:
     """Absolute accuracies of each kind of features."""
     rows = [
-        [*_start(line), *(format_spread(line[0].values(line[1], row), 1) for row in (ONE, THREE))]
+        [*_start(line), *(_start(line, row)[-1] for row in (ONE, THREE))]
         for line in lines
         if "neck" in line[0].data.rows
     ]
-    titles = ["softmax loss", "+ simplex form, 1", "+ simplex form, 3"]
-    return table(["data", "features", *titles], rows) if rows else ""
+    return ["data", "features", "softmax loss", "+ simplex form, 1", "+ simplex form, 3"], rows
 
 
-def _harm(lines: Sequence[Line]) -> str:
+def _harm(lines: Sequence[Line]) -> Table:
     """Mean recall in the settings that are known to be hard, as differences from softmax loss."""
     rows = []
-
-    def add(line: Line, title: str, softmax: Row, *others: Row) -> None:
-        study, kind = line
-        values = format_spread(study.values(kind, softmax, "recall"), 1)
-        shown = (_interval(line, row, softmax, "recall") for row in others)
-        rows.append([study.data.title + title, kind, values, *shown])
-
     for line in lines:
-        if _has(line, *BALANCED):
-            add(line, "", SOFTMAX, ONE, THREE)
-            study, kind = line
-            balanced = format_interval(study.difference(kind, BALANCED[1], BALANCED[0], "recall"))
-            softmax = format_spread(study.values(kind, BALANCED[0], "recall"), 1)
-            rows.append([f"{study.data.title}, class weights", kind, softmax, balanced, "-"])
-        if _has(line, *LONG):
-            add(line, ", features times 100", *LONG)
-        if line[0].name == "sgd":
-            add(line, "", SOFTMAX, ONE, THREE)
-    return (
-        table(["data", "features", "mean recall, softmax loss", "at 1", "at 3"], rows)
-        if rows
-        else ""
-    )
+        balanced = _has(line, *BALANCED)
+        for shown, setting, (softmax, *others) in (
+            (balanced or line[0].name == "sgd", "", FIXED),
+            (balanced, ", class weights", BALANCED),
+            (_has(line, *LONG), ", features times 100", LONG),
+        ):
+            if shown:
+                title, *start = _start(line, softmax, "recall")
+                cells = [_interval(line, row, softmax, "recall") for row in others]
+                rows.append([f"{title}{setting}", *start, *cells, *["-"] * (2 - len(cells))])
+    return ["data", "features", "mean recall, softmax loss", "at 1", "at 3"], rows
 
 
 def _rows(study: Study, kind: FeatureKind) -> str:
@@ -170,9 +142,7 @@ def _rows(study: Study, kind: FeatureKind) -> str:
             continue
         weight = best if row.tuned else row.weight
         shown = "-" if weight is None else f"{weight:g}{', tuned' if weight == best else ''}"
-        difference = (
-            "-" if row == SOFTMAX else format_interval(study.difference(kind, row, SOFTMAX))
-        )
+        difference = "-" if row == SOFTMAX else _interval((study, kind), row)
         accuracy = format_spread(study.values(kind, row), 1)
         found = study.figures(kind, row)
         others = (
@@ -186,10 +156,10 @@ def _rows(study: Study, kind: FeatureKind) -> str:
 
 def _tuning(study: Study, kind: FeatureKind) -> str:
     """The accuracies on the tuning part."""
-    listed = []
-    for (other, method), scores in study.tried.items():
-        if other == kind:
-            values = ", ".join(f"{value:g} {scores[value]:.1f}" for value in sorted(scores))
-            listed.append(f"{method} {values}")
+    listed = [
+        f"{method} " + ", ".join(f"{value:g} {mean:.1f}" for value, mean in sorted(scores.items()))
+        for (other, method), scores in study.tried.items()
+        if other == kind
+    ]
     tuned = f" On the tuning part: {'; '.join(listed)}." if listed else ""
     return f"Rate {study.rates[kind]:g}.{tuned}"
