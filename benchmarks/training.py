@@ -4,7 +4,7 @@
 the figures of a model.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -141,7 +141,6 @@ FIGURES = (
     "nearest",  # accuracy of the nearest learned center, %
     "train_accuracy",  # %
 )
-Figures = Mapping[str, float | None]
 
 
 def evaluate(

@@ -23,31 +23,23 @@ PRESETS = {"paper": PAPER_WEIGHT, "simplex": WEIGHT}
 
 def _parser() -> ArgumentParser:
     parser = make_parser("paper", "The paper's experiment, on your files.")
-    parser.add_argument("--raf-db", type=Path, help="basic expressions, to train on")
-    parser.add_argument("--raf-db-compound", type=Path, help="compound expressions, to train on")
-    parser.add_argument("--affectnet", type=Path, help="to train on")
-    parser.add_argument(
-        "--ferplus", type=Path, help="fer2013.csv beside fer2013new.csv, to train on"
-    )
-    parser.add_argument(
-        "--affectnet-order", nargs="+", metavar="CLASS", help="classes of numbers 0, 1, ..."
-    )
-    parser.add_argument(
-        "--test",
-        nargs="+",
-        default=[],
-        metavar="NAME=PATH",
-        help="CK+, fer2013.csv, or a folder per class, as MMI, to test on",
-    )
-    parser.add_argument("--preset", nargs="+", choices=PRESETS, default=["paper"])
-    parser.add_argument("--loss-weights", nargs="+", type=float, help="in place of the presets'")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--model", default="resnet18.tv_in1k", help="of timm")
-    parser.add_argument("--weights", help='a state dict, or "none"; downloaded by default')
-    parser.add_argument("--epochs", type=int, help="in place of the paper's")
-    parser.add_argument("--batch-size", type=int, default=100, help="of each process")
-    parser.add_argument("--size", type=int, default=224, help="of the pictures, in pixels")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    add = parser.add_argument
+    add("--raf-db", type=Path, help="basic expressions, to train on")
+    add("--raf-db-compound", type=Path, help="compound expressions, to train on")
+    add("--affectnet", type=Path, help="to train on")
+    add("--ferplus", type=Path, help="fer2013.csv beside fer2013new.csv, to train on")
+    add("--affectnet-order", nargs="+", metavar="CLASS", help="classes of numbers 0, 1, ...")
+    tested = "CK+, fer2013.csv, or a folder per class, as MMI, to test on"
+    add("--test", nargs="+", default=[], metavar="NAME=PATH", help=tested)
+    add("--preset", nargs="+", choices=PRESETS, default=["paper"])
+    add("--loss-weights", nargs="+", type=float, help="in place of the presets'")
+    add("--seeds", type=int, default=1)
+    add("--model", default="resnet18.tv_in1k", help="of timm")
+    add("--weights", help='a state dict, or "none"; downloaded by default')
+    add("--epochs", type=int, help="in place of the paper's")
+    add("--batch-size", type=int, default=100, help="of each process")
+    add("--size", type=int, default=224, help="of the pictures, in pixels")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1))
     return parser
 
 
@@ -137,13 +129,10 @@ def _test_set(given: str) -> tuple[str, Part]:
 def _recipes(options: Namespace, data: TrainingSet) -> Iterator[Recipe]:
     epochs = options.epochs or data.epochs
     drop_every = max(1, round(data.drop_every * epochs / data.epochs))
+    shared = (epochs, drop_every, options.size, options.batch_size)
     methods = [("softmax", 0.0)]
     for name in options.preset:
         methods += [(name, weight) for weight in options.loss_weights or [PRESETS[name]]]
     for method, weight in methods:
         for seed in range(options.seeds):
-            yield Recipe(
-                *(options.model, options.weights, method, weight, seed, epochs, drop_every),
-                size=options.size,
-                batch_size=options.batch_size,
-            )
+            yield Recipe(options.model, options.weights, method, weight, seed, *shared)

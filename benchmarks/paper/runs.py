@@ -108,7 +108,7 @@ def run(
     cells = (found[2] * classes + found[1].argmax(-1)).bincount(minlength=classes**2)
     record = course[-1] | {
         "confusion": cells.view(classes, classes).tolist(),  # a row for each true class
-        "across": {name: _accuracy(outputs_on(part)) for name, part in others.items()},
+        "across": {name: evaluate(*outputs_on(part))["accuracy"] for name, part in others.items()},
         "course": course,
     }
     centers = learned_centers(criterion)
@@ -146,10 +146,6 @@ def _outputs(model: Any, loader: Any, accelerator: Accelerator) -> Outputs:
         batches.append([tensor.cpu() for tensor in gathered])
     features, logits, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
     return features, logits, labels
-
-
-def _accuracy(outputs: Outputs) -> float | None:
-    return evaluate(*outputs, None)["accuracy"]
 
 
 def _figures(outputs: Outputs, centers: Tensor | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The page of the experiment, beside the paper's figures, and a picture of each feature space."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,12 @@ def _of_one_set(
     for recipe, runs in groups.items():
         title = f"{METHODS[recipe.method].title}, {recipe.weight:g}".removesuffix(", 0")
         found = [{**run, **run["across"]} for run in runs]
-        rows.append([title, *_spreads(found, columns), len(runs)])
-        for epoch in (0, -1) if runs[0]["agreement"] is not None else ():
-            of_classes = [dict(enumerate(run["course"][epoch]["agreements"])) for run in runs]
-            when = "first epoch" if epoch == 0 else "last epoch"
-            agreements.append([f"{title}, {when}", *_spreads(of_classes, range(len(names)))])
+        cells = [format_spread([run[name] for run in found], 2) for name in columns]
+        rows.append([title, *cells, len(runs)])
+        for epoch, when in ((0, "first epoch"), (-1, "last epoch")):
+            of_classes = zip(*(run["course"][epoch]["agreements"] for run in runs), strict=True)
+            if cells := [format_spread(values, 2) for values in of_classes]:
+                agreements.append([f"{title}, {when}", *cells])
         text = "Features by t-SNE, classes in colour, with true and learned centers"
         confusion = zip(names, runs[0]["confusion"], strict=True)
         figures += [
@@ -118,10 +119,6 @@ def _described(name: str, part: Part) -> str:
 def file_name(key: str) -> str:
     """A training's key without the characters that file names should not have."""
     return re.sub(r"\W+", "-", key)
-
-
-def _spreads(runs: Runs, names: Iterable[object]) -> list[str]:
-    return [format_spread([run[name] for run in runs], 2) for name in names]
 
 
 def draw(trained: Trained, names: Sequence[str], path: Path) -> None:
