@@ -9,17 +9,14 @@ from torch import Tensor, nn
 
 from benchmarks.data import FeatureKind
 from benchmarks.data.intents import WORDS
-from benchmarks.data.text import HASHED
 
 
 class Classifier(nn.Module):
     """A body, features times `scale` (behind BatchNorm1d with a neck), and a linear layer."""
 
-    def __init__(
-        self, body: nn.Module, feature_dim: int, num_classes: int, *, neck: bool, scale: float = 1.0
-    ) -> None:
+    def __init__(self, body: nn.Module, feature_dim: int, num_classes: int, *, neck: bool) -> None:
         super().__init__()
-        self.feature_dim, self.scale = feature_dim, scale
+        self.feature_dim, self.scale = feature_dim, 1.0
         self.body = body
         self.neck: nn.Module = nn.BatchNorm1d(feature_dim) if neck else nn.Identity()
         self.classifier: nn.Module = nn.Linear(feature_dim, num_classes)
@@ -29,7 +26,7 @@ class Classifier(nn.Module):
         return features, self.classifier(features)
 
 
-def digit_classifier(kind: FeatureKind, num_classes: int = 10, *, scale: float = 1.0) -> Classifier:
+def digit_classifier(kind: FeatureKind, num_classes: int = 10) -> Classifier:
     """Two convolutions on digits of 8 x 8."""
     body = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     if kind == "signed":
@@ -37,14 +34,14 @@ def digit_classifier(kind: FeatureKind, num_classes: int = 10, *, scale: float =
     else:
         pool = [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         body += [nn.Conv2d(32, 64, 3, padding=1), *pool]
-    return Classifier(nn.Sequential(*body), 64, num_classes, neck=kind == "neck", scale=scale)
+    return Classifier(nn.Sequential(*body), 64, num_classes, neck=kind == "neck")
 
 
-def text_classifier(kind: FeatureKind, num_classes: int) -> Classifier:
-    """A hidden layer on hashed texts."""
+def vector_classifier(size: int, dim: int, kind: FeatureKind, num_classes: int) -> Classifier:
+    """A hidden layer on vectors of a size."""
     end = nn.Identity() if kind == "signed" else nn.ReLU()
-    body = nn.Sequential(nn.Linear(HASHED, 128), nn.ReLU(), nn.Linear(128, 64), end)
-    return Classifier(body, 64, num_classes, neck=kind == "neck")
+    body = nn.Sequential(nn.Linear(size, 128), nn.ReLU(), nn.Linear(128, dim), end)
+    return Classifier(body, dim, num_classes, neck=kind == "neck")
 
 
 def intent_classifier(kind: FeatureKind, num_classes: int) -> Classifier:
@@ -66,13 +63,6 @@ def picture_classifier(num_classes: int) -> Classifier:
     model = Classifier(nn.Sequential(*layers), 128, num_classes, neck=False)
     nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
     return model
-
-
-def vector_classifier(kind: FeatureKind, num_classes: int) -> Classifier:
-    """A hidden layer on vectors of 64, without normalisation."""
-    end = nn.Identity() if kind == "signed" else nn.ReLU()
-    body = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32), end)
-    return Classifier(body, 32, num_classes, neck=False)
 
 
 def backbone_classifier(name: str, weights: Path | str | None, num_classes: int) -> Classifier:

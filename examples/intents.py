@@ -59,12 +59,11 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)  # threads would wait for one another on so small a model
     counts = [options.labels] * (int(parts["train"].labels.max()) + 1)
     print(f"{len(counts)} intents, {options.labels} labels each; accuracy on the test part, %")
-    found: list[list[float]] = []
+    drawings = [drawn(parts["train"], counts, seed) for seed in range(options.seeds)]
+    found = []
     for title, weight in (("softmax loss", None), ("with the separate loss", options.weight)):
-        found.append([])
-        for seed in range(options.seeds):
-            training = drawn(parts["train"], counts, seed)
-            found[-1].append(train(training, parts["test"], seed, weight, options.epochs))
+        runs = ((one, parts["test"], seed, weight) for seed, one in enumerate(drawings))
+        found.append([train(*run, options.epochs) for run in runs])
         print(f"{title}: {' '.join(f'{value:.1f}' for value in found[-1])}", flush=True)
     difference = format_interval(paired_interval(found[1], found[0]))
     print(f"Difference, with its 95 % interval, paired by seed: {difference}")

@@ -1,16 +1,16 @@
 """Data sets of the study and of the paper's experiment; here scikit-learn's handwritten digits."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from sklearn.datasets import load_digits as load_all_digits
+from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 # A linear embedding; ReLU and pooling, as in the paper's ResNet; BatchNorm1d behind the latter.
 FeatureKind = Literal["signed", "non-negative", "neck"]
-KINDS: tuple[FeatureKind, ...] = ("signed", "non-negative", "neck")
 
 
 class Split(NamedTuple):
@@ -18,16 +18,17 @@ class Split(NamedTuple):
     labels: Tensor  # (N,)
 
 
-def load_digits(seed: int) -> tuple[Split, Split]:
-    """Half of the 1,797 digits to train on and half to test on, stratified by class."""
-    return stratified(all_digits(), 0.5, seed)
-
-
 def all_digits() -> Split:
     """All 1,797 digits, (1, 8, 8) each."""
-    digits: Any = load_all_digits()
+    digits: Any = load_digits()
     images = torch.tensor(digits.images / 16, dtype=torch.float32).unsqueeze(1)
     return Split(images, torch.tensor(digits.target))
+
+
+def fingerprint(parts: Mapping[str, Split]) -> str:
+    """Tells one data set from another."""
+    found = [tensor.numpy().tobytes() for part in parts.values() for tensor in part]
+    return hashlib.sha256(b"".join(found)).hexdigest()[:12]
 
 
 def stratified(data: Split, held_out: float | int, seed: int) -> tuple[Split, Split]:

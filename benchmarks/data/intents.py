@@ -1,7 +1,6 @@
 """BANKING77 and CLINC150: sentences, each with the intent of who asks."""
 
 import csv
-import hashlib
 import json
 import re
 from functools import cache
@@ -29,14 +28,12 @@ def load(path: Path) -> dict[str, Split]:
     """
     try:
         parts = _read(path)
-        texts = {name: parts[name] for name in ("train", "valid", "val", "test") if name in parts}
-        numbers = {one: i for i, one in enumerate(sorted({one for _, one in texts["train"]}))}
-        found = {
-            name.removesuffix("id"): Split(
-                encoded([text for text, _ in rows]), torch.tensor([numbers[one] for _, one in rows])
-            )
-            for name, rows in texts.items()
-        }
+        numbers = {one: i for i, one in enumerate(sorted({one for _, one in parts["train"]}))}
+        found = {}
+        for name in {"train", "valid", "val", "test"} & {*parts}:
+            labels = torch.tensor([numbers[intent] for _, intent in parts[name]])
+            texts = encoded([text for text, _ in parts[name]])
+            found[name.removesuffix("id")] = Split(texts, labels)
         if "val" not in found:
             found["train"], found["val"] = stratified(found["train"], 20 * len(numbers), 0)
         return {"train": found["train"], "valid": found["val"], "test": found["test"]}
@@ -64,10 +61,3 @@ def encoded(texts: list[str]) -> Tensor:
         hashed = [1 + crc32(word.encode()) % (WORDS - 1) for word in words[:LENGTH]]
         row[: len(hashed)] = torch.tensor(hashed)
     return numbers
-
-
-def fingerprint(path: Path) -> str:
-    """Tells one file or folder from another."""
-    load(path)
-    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]

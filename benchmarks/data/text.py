@@ -2,6 +2,7 @@
 
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ HASHED = 2048
 SPLITS = ("training", "test", "tuning", "training", "test")  # of files, in turn
 
 
-def load() -> dict[str, Split]:
+@cache
+def load_texts() -> dict[str, Split]:
     """Splits files, not snippets, and always in the same way; leaves out missing packages."""
     library = Path(sysconfig.get_paths()["stdlib"])
     packages = [files for name in PACKAGES if (files := python_files(library / name))]

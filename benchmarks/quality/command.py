@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.data import cifar10, intents
+from benchmarks.data import cifar10, fingerprint, intents
 from benchmarks.harness import Results, make_parser, write
 from benchmarks.quality import tables
 from benchmarks.quality.data import DATA, Files
@@ -29,19 +29,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args(arguments)
     files = Files(*(getattr(options, name) for name in Files._fields))
-    names = _data_sets(parser, options, files)
     prints = {}
     try:
         for name, path in files._asdict().items():
             if path is not None:
-                prints[name] = (cifar10 if name == "cifar10" else intents).fingerprint(path)
-    except (OSError, ValueError) as error:
+                reader = cifar10 if name == "cifar10" else intents
+                prints[name] = fingerprint(reader.load(path))
+    except ValueError as error:
         parser.error(f"--{name} {error}")
 
     torch.set_num_threads(1)
     studies, environments = [], {}
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
-        for name in names:
+        for name in _data_sets(parser, options, files):
             settings = {"quick": options.quick, "data": prints.get(DATA[name].needs or "")}
             results = Results(options, name, settings, options.device)
             quick: bool = results.settings["quick"]
@@ -82,10 +82,8 @@ def _measure(
 ) -> None:
     """Trains what is missing, and stores each result as soon as it is there."""
     missing = {one.key(): one for one in settings if one.key() not in results.measured}
-    if results.redraw:
-        if missing:
-            raise SystemExit(f"{results.path} has no results for {next(iter(missing))}")
-        return
+    if results.redraw and missing:
+        raise SystemExit(f"{results.path} has no results for {next(iter(missing))}")
     start = time.perf_counter()
     futures = {pool.submit(train, setting): key for key, setting in missing.items()}
     try:

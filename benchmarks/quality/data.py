@@ -1,7 +1,7 @@
 """The data sets of the study: samples, networks, and the rows of their tables."""
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,16 +11,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from benchmarks import networks
-from benchmarks.data import (
-    FeatureKind,
-    Split,
-    all_digits,
-    cifar10,
-    drawn,
-    intents,
-    stratified,
-    text,
-)
+from benchmarks.data import FeatureKind, Split, all_digits, cifar10, drawn, intents, stratified
+from benchmarks.data.text import HASHED, load_texts
 from benchmarks.networks import Classifier
 from benchmarks.training import METHODS, PAPER_WEIGHT
 
@@ -60,8 +52,8 @@ ALL = (SOFTMAX, *PEERS, PAPER, ONE, THREE, TUNED)
 BALANCED = (Row("softmax_balanced"), Row("simplex_balanced", 1.0))
 LONG = tuple(row._replace(scale=100.0) for row in FIXED)
 
+Splits = tuple[Split, Split]
 Schedule = tuple[Optimizer, LRScheduler]
-Rows = Mapping[FeatureKind, tuple[Row, ...]]
 
 
 def adamw(model: nn.Module, rate: float, steps: int) -> Schedule:
@@ -80,9 +72,9 @@ class DataSet(NamedTuple):
     """`load` takes files, a seed, and whether to tune; it gives what is trained on and measured."""
 
     title: str
-    load: Callable[[Files, int, bool], tuple[Split, Split]]
+    load: Callable[[Files, int, bool], Splits]
     network: Callable[[FeatureKind, int], Classifier]
-    rows: Rows
+    rows: Mapping[FeatureKind, tuple[Row, ...]]
     epochs: int
     batch_size: int
     start: tuple[float, ...]  # rates of the network, among which softmax loss alone chooses
@@ -96,13 +88,6 @@ class DataSet(NamedTuple):
 RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 
 
-def _every_other(count: int, common: int, rare: int) -> list[int]:
-    return [rare if label % 2 else common for label in range(count)]
-
-
-_texts = cache(text.load)
-
-
 @cache
 def _digits() -> tuple[Split, Split, Split]:
     """Parts to draw from (104 to 107 a class), to tune on and to report; always the same."""
@@ -110,30 +95,22 @@ def _digits() -> tuple[Split, Split, Split]:
     return (*stratified(rest, 236, 0), test)
 
 
-def _load_digits(counts: list[int]) -> Callable[[Files, int, bool], tuple[Split, Split]]:
-    def load(_: Files, seed: int, tuning: bool) -> tuple[Split, Split]:
-        training, tuned, test = _digits()
-        return drawn(training, counts, seed), tuned if tuning else test
-
-    return load
+def _load_digits(counts: list[int], _: Files, seed: int, tuning: bool) -> Splits:
+    training, tuned, test = _digits()
+    return drawn(training, counts, seed), tuned if tuning else test
 
 
-def _load_code(_: Files, __: int, tuning: bool) -> tuple[Split, Split]:
-    parts = _texts()
+def _load_code(_: Files, __: int, tuning: bool) -> Splits:
+    parts = load_texts()
     return parts["training"], parts["tuning" if tuning else "test"]
 
 
-def _load_intents(
-    name: str, counts: list[int]
-) -> Callable[[Files, int, bool], tuple[Split, Split]]:
-    def load(files: Files, seed: int, tuning: bool) -> tuple[Split, Split]:
-        parts = intents.load(getattr(files, name))
-        return drawn(parts["train"], counts, seed), parts["valid" if tuning else "test"]
-
-    return load
+def _load_intents(name: str, counts: list[int], files: Files, seed: int, tuning: bool) -> Splits:
+    parts = intents.load(getattr(files, name))
+    return drawn(parts["train"], counts, seed), parts["valid" if tuning else "test"]
 
 
-def _load_pictures(files: Files, seed: int, tuning: bool) -> tuple[Split, Split]:
+def _load_pictures(files: Files, seed: int, tuning: bool) -> Splits:
     assert files.cifar10 is not None
     parts = cifar10.load(files.cifar10)
     pictures = cifar10.floats(drawn(parts["train"], [700] * 10, seed))
@@ -141,7 +118,7 @@ def _load_pictures(files: Files, seed: int, tuning: bool) -> tuple[Split, Split]
     return training, tuned if tuning else cifar10.floats(parts["test"])
 
 
-def _load_vectors(_: Files, seed: int, __: bool) -> tuple[Split, Split]:
+def _load_vectors(_: Files, seed: int, __: bool) -> Splits:
     """Vectors around 100 random prototypes: 600 batches of 64, none of them twice."""
     generator = torch.Generator().manual_seed(seed)
     prototypes = torch.randn(100, 64, generator=generator)
@@ -153,7 +130,7 @@ def _load_vectors(_: Files, seed: int, __: bool) -> tuple[Split, Split]:
 
 _DIGITS = DataSet(
     "digits, 10 labels a class",
-    _load_digits([10] * 10),
+    partial(_load_digits, [10] * 10),
     networks.digit_classifier,
     {"signed": (*ALL, *LONG), "non-negative": (*ALL, *LONG), "neck": FIXED},
     epochs=60,
@@ -162,7 +139,7 @@ _DIGITS = DataSet(
 )
 _BANKING = DataSet(
     "BANKING77, 10 labels a class",
-    _load_intents("banking77", [10] * 77),
+    partial(_load_intents, "banking77", [10] * 77),
     networks.intent_classifier,
     {"signed": ALL, "non-negative": FIXED, "neck": FIXED},
     epochs=30,
@@ -174,7 +151,7 @@ DATA = {
     "banking": _BANKING,
     "clinc": _BANKING._replace(
         title="CLINC150, 10 labels a class",
-        load=_load_intents("clinc150", [10] * 150),
+        load=partial(_load_intents, "clinc150", [10] * 150),
         rows={"signed": ALL},
         needs="clinc150",
     ),
@@ -182,13 +159,13 @@ DATA = {
     "code": _DIGITS._replace(
         title="source code, 14 packages",
         load=_load_code,
-        network=networks.text_classifier,
+        network=partial(networks.vector_classifier, HASHED, 64),
         rows={"signed": ALL, "neck": FIXED},
         epochs=15,
     ),
     "rare-digits": _DIGITS._replace(
         title="digits, 100 or 5 labels a class",
-        load=_load_digits(_every_other(10, 100, 5)),
+        load=partial(_load_digits, [100, 5] * 5),
         rows={
             "signed": (*ALL, *BALANCED),
             "non-negative": (*FIXED, *BALANCED),
@@ -198,13 +175,13 @@ DATA = {
     ),
     "rare-banking": _BANKING._replace(
         title="BANKING77, 50 or 5 labels a class",
-        load=_load_intents("banking77", _every_other(77, 50, 5)),
+        load=partial(_load_intents, "banking77", ([50, 5] * 39)[:77]),
         rows={"signed": (*ALL, *BALANCED)},
     ),
     "sgd": DataSet(
         "random vectors of 100 classes, plain SGD",
         _load_vectors,
-        networks.vector_classifier,
+        partial(networks.vector_classifier, 64, 32),
         dict.fromkeys(("signed", "non-negative"), (*FIXED, Row("simplex", 10.0))),
         epochs=1,
         batch_size=64,

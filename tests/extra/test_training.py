@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks.data import load_digits
+from benchmarks.data import all_digits, stratified
 from benchmarks.networks import digit_classifier
 from separate_loss import SeparateLoss
 
@@ -44,9 +44,10 @@ def one_thread() -> Iterator[None]:
 def trained(setting: Setting, *, separate: bool) -> Outcome:
     accuracies, norms = [], []
     for seed in range(setting.seeds):
-        training, test = load_digits(seed)
+        training, test = stratified(all_digits(), 0.5, seed)
         torch.manual_seed(seed)
-        model = digit_classifier("non-negative", scale=setting.feature_scale)
+        model = digit_classifier("non-negative")
+        model.scale = setting.feature_scale
         criterion = SeparateLoss(10, 64) if separate else None
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         generator = torch.Generator().manual_seed(seed)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.data import cifar10, drawn, intents
+from benchmarks.data import cifar10, drawn, fingerprint, intents
 from examples import intents as example
 
 
@@ -95,7 +95,7 @@ def test_pictures_of_a_folder_and_of_an_npz_are_equal(tmp_path: Path) -> None:
     other = cifar10.load(tmp_path / "two")
     for name in ("train", "test"):
         assert all(map(np.array_equal, other[name], found[name]))
-    assert cifar10.fingerprint(tmp_path / "one.npz") == cifar10.fingerprint(tmp_path / "two")
+    assert fingerprint(found) == fingerprint(other)
 
 
 @pytest.mark.parametrize("reader", [intents, cifar10])

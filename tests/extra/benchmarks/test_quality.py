@@ -4,13 +4,13 @@ import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.data import KINDS
+from benchmarks.data import FeatureKind
 from benchmarks.quality import command
 from benchmarks.quality.data import (
     DATA,
@@ -64,7 +64,7 @@ def test_no_sample_is_reported_and_trained_or_tuned_on(name: str, tmp_path: Path
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_repeats(method: str) -> None:
-    for kind in KINDS:
+    for kind in get_args(FeatureKind):
         setting = Setting("rare-digits", kind, method, 0.1, 0.01, 0, 1)
         found = dict(zip(FIGURES, run(setting, Files()), strict=True))
         missing = {name for name, value in found.items() if value is None}
