@@ -20,6 +20,7 @@ MARKERS = {
     "true_centers": ("o", "white", "true center (class mean)"),
     "learned_centers": ("X", "black", "learned center"),
 }
+LABEL: Any = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "size": 12}
 
 
 def feature_space(
@@ -76,6 +77,7 @@ def feature_space(
     colors = _colors(max(num_classes, 1, *map(len, centers.values())))
     if axes is None:
         axes = plt.figure(figsize=(6, 6), layout="constrained").add_subplot()
+    halo = [withStroke(linewidth=3, foreground="white")]
 
     for label in np.unique(labels).tolist():
         members = drawn[labels == label]
@@ -85,17 +87,9 @@ def feature_space(
         mean = finite.mean(0) if len(finite) else [0, 0]
         if "true_centers" in centers and np.isfinite(centers["true_centers"][label]).all():
             mean = centers["true_centers"][label]
-        axes.annotate(
-            str(label) if class_names is None else class_names[label],
-            (mean[0], mean[1]),
-            xytext=(0, 7),
-            textcoords="offset points",
-            ha="center",
-            fontsize=12,
-            fontweight="bold",
-            color=colors[label],
-            path_effects=[withStroke(linewidth=3, foreground="white")],
-        )
+        text = str(label) if class_names is None else class_names[label]
+        place, color = (mean[0], mean[1]), colors[label]
+        axes.annotate(text, place, color=color, weight="bold", path_effects=halo, **LABEL)
     handles = []
     for name, rows in centers.items():
         marker, edge, text = MARKERS[name]
