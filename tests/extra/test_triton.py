@@ -120,36 +120,36 @@ def test_more_than_2_to_the_31_values_in_the_centers(monkeypatch: pytest.MonkeyP
     centers = torch.from_numpy(np.zeros((num_classes, d), np.int16)).view(torch.bfloat16)
     centers[-1, 0] = 4
     classes, samples, partial = torch.zeros(2, num_classes), torch.zeros(2), torch.zeros(5 * d)
-    slots, counts = torch.full((64, d), 1 / 128), torch.ones(64)
-    scalars = torch.tensor([1, 1, 1, 1, 0.0])
+    slots, rest = torch.full((64, d), 1 / 128), torch.zeros(d)
+    scalars = torch.ones(8)
     features, target = torch.ones(1, d), torch.tensor([num_classes - 1])
     plan = triton_step.Plan(num_classes, d, torch.float32, "paper", False, 0.0, torch.device("cpu"))
-    plan.constants["ROWS"] = 1
+    plan.values["ROWS"] = 1
     builder: Any = interpreter.interpreter_builder
     set_index = builder.set_grid_idx
 
-    def run_last(kernel: Any, programs: int, given: dict[str, Any], **constants: bool) -> None:
-        arguments = [given[name] for name in kernel.arg_names if name in given]
+    def run_last(kernel: Any, programs: int, given: dict[str, Any]) -> None:
+        every = plan.values | given
+        arguments = {name: every[name] for name in kernel.arg_names}
         with monkeypatch.context() as patch:
             patch.setattr(builder, "set_grid_dim", lambda *_: None)
             patch.setattr(builder, "grid_dim", (programs, 1, 1), raising=False)
             patch.setattr(builder, "set_grid_idx", lambda *_: set_index(programs - 1, 0, 0))
-            kernel[(1,)](*arguments, **plan.settings(kernel, constants)[0])
+            kernel[(1,)](**arguments)
 
     given = {
         "features": features, "target": target, "centers": centers, "out": centers,
-        "weight": target, "units": target, "rows": partial, "total": partial[2 * d :],
-        "cosines": samples, "inverses": samples, "numbers": samples, "of_classes": classes,
-        "partial": partial, "slots": slots, "counts": counts, "everyone": partial,
-        "product": samples, "grad": scalars, "scalars": scalars, "ignore_index": -100,
-        "c": num_classes, "d": d, "n": 1, "tiles": 1, "first_program": 0, "rate": 1.0,
-        "blocks": 2, "each": num_classes - 1,
+        "weight": target, "units": target, "rows": rest, "total": rest, "cosines": samples,
+        "inverses": samples, "of_classes": classes, "partial": partial, "slots": slots,
+        "everyone": rest, "product": samples, "grad": scalars, "scalars": scalars,
+        "ignore_index": -100, "n": 1, "first_program": 0, "rate": 1.0, "blocks": 2,
+        "each": num_classes - 1, "GRADIENT": False, "PER_SAMPLE": False, "START": True,
     }  # fmt: skip
     run_last(kernels.read, 2, given)
     assert classes[0, -1] == 0.25
-    assert partial[d] == 1
+    assert partial[2 * d + 2] == 1
     classes[:, -1] = torch.tensor([0.0, 1.0])
-    run_last(kernels.move, num_classes, given, GRADIENT=False, PER_SAMPLE=False, START=True)
+    run_last(kernels.move, num_classes, given)
     assert centers[-1].unique().tolist() == [1 / 128]
     assert not centers[0].any()
 

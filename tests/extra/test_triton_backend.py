@@ -102,7 +102,7 @@ def test_no_trial_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch
     ("kernel", "wrong"),
     [
         ("read", "cosines"),
-        ("sums", "counts"),
+        ("sums", "slots"),
         ("finish", "loss"),
         ("move", "out"),
         ("gradient", "out"),
@@ -113,8 +113,8 @@ def test_wrong_results_of_a_kernel_turn_all_off(
 ) -> None:
     launch = triton_step.Plan.launch
 
-    def broken(plan: Any, called: Any, programs: int, given: Any, **more: Any) -> None:
-        launch(plan, called, programs, given, **more)
+    def broken(plan: Any, called: Any, programs: int, given: Any) -> None:
+        launch(plan, called, programs, given)
         if called.__name__ == kernel:
             given[wrong].mul_(1.5)
 
@@ -135,10 +135,10 @@ def test_errors_of_a_compiler_turn_the_kernels_off(monkeypatch: pytest.MonkeyPat
 def test_wrong_direct_launches_leave_the_usual_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = triton_step.Plan.launch
 
-    def broken(plan: Any, called: Any, *arguments: Any, **more: Any) -> None:
+    def broken(plan: Any, called: Any, *arguments: Any) -> None:
         if triton_step.direct and called is kernels.move:
             raise TypeError("function takes exactly 11 arguments (40 given)")
-        launch(plan, called, *arguments, **more)
+        launch(plan, called, *arguments)
 
     monkeypatch.setattr(triton_step.Plan, "launch", broken)
     assert backend.works_on(CPU, run_step)

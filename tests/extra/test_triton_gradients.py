@@ -69,6 +69,16 @@ def test_a_retained_graph_gives_the_same_gradients_again(monkeypatch: pytest.Mon
     torch.testing.assert_close(torch.autograd.grad(loss, leaves), first, rtol=0, atol=0)
 
 
+def test_the_loss_may_change_in_place() -> None:
+    problem = random_problem(5, 3, 4)
+    leaves = problem.requiring_grad()
+    loss = separate_loss(leaves[0], problem.target, leaves[1])
+    assert uses_kernels(loss)
+    expected = torch.autograd.grad(loss * 2, leaves, retain_graph=True)
+    loss *= 2
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), expected)
+
+
 def test_gradients_use_the_centers_before_the_update() -> None:
     criterion = SeparateLoss(4, 3, center_init="sphere", dtype=torch.float64)
     problem = random_problem(5, 3, 4, torch.float64)

@@ -92,10 +92,10 @@ def test_a_step_has_few_launches(
     criterion(features.detach(), problem.target)  # The first call validates the centers.
     launch, launches, one = triton_step.Plan.launch, Launches(), torch.ones(())
 
-    def counting(plan: Any, kernel: Any, *arguments: Any, **constants: Any) -> None:
+    def counting(plan: Any, kernel: Any, *arguments: Any) -> None:
         launches.names.append(kernel.__name__)
         with _disable_current_modes():
-            launch(plan, kernel, *arguments, **constants)
+            launch(plan, kernel, *arguments)
 
     monkeypatch.setattr(triton_step.Plan, "launch", counting)
     with launches:
@@ -127,8 +127,8 @@ class Kernel:
         self.binaries: list[Binary] = []
 
     def __getitem__(self, grid: tuple[int]) -> Any:
-        def launch(*_: Any, **constants: Any) -> Binary:
-            assert constants["TILE"] == triton_step.TILE
+        def launch(**arguments: Any) -> Binary:
+            assert arguments["TILE"] == triton_step.TILE
             self.binaries.append(Binary())
             return self.binaries[-1]
 

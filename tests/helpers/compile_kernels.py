@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
 from separate_loss._batch import Options
+from separate_loss._triton import kernels
 from separate_loss._triton import step as triton_step
 
 Case = tuple[list[torch.dtype], tuple[int, int, int], Options]
@@ -33,18 +34,32 @@ CASES: list[tuple[Case, list[int]]] = [
 ]
 """Types of features, centers and target, sizes, options, and compute capabilities."""
 
+KERNELS = "read", "sums", "finish", "move", "gradient"
 Launch = tuple[Any, dict[str, Any], dict[str, Any], int]
 
 
+class Recorder:
+    """Takes the place of a kernel and records its launches; the kernel does not run."""
+
+    def __init__(self, kernel: Any, recorded: list[Launch]) -> None:
+        self.kernel, self.recorded = kernel, recorded
+        self.__name__, self.arg_names = kernel.__name__, kernel.arg_names
+
+    def __getitem__(self, _: tuple[int]) -> Any:
+        return self.record
+
+    def record(self, *, num_warps: int, enable_fp_fusion: bool, **arguments: Any) -> None:
+        assert enable_fp_fusion
+        values = {name: one for name, one in arguments.items() if not name.isupper()}
+        constants = {name: one for name, one in arguments.items() if name.isupper()}
+        self.recorded.append((self.kernel, values, constants, num_warps))
+
+
 def launches() -> Iterator[tuple[Launch, list[int]]]:
-    """Records what each case would launch, with its capabilities; the kernels do not run."""
+    """Records what each case would launch, with its capabilities."""
     recorded: list[Launch] = []
-
-    def record(plan: Any, kernel: Any, _: int, given: dict[str, Any], **more: bool) -> None:
-        values = {name: given[name] for name in kernel.arg_names if name in given}
-        recorded.append((kernel, values, *plan.settings(kernel, more)))
-
-    setattr(triton_step.Plan, "launch", record)  # noqa: B010
+    for name in KERNELS:
+        setattr(kernels, name, Recorder(getattr(kernels, name), recorded))
     setattr(triton_step, "assert_on_device", lambda *_: None)  # noqa: B010
     for (types, (num_samples, d, num_classes), options), capabilities in CASES:
         features = torch.zeros(num_samples, d, dtype=types[0])
