@@ -1,1 +1,1 @@
-"""The step in four Triton kernels; `backend` decides where it takes the place of `_step`'s."""
+"""The step in five Triton kernels; `backend` decides where it takes the place of `_step`'s."""

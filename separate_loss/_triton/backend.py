@@ -73,9 +73,8 @@ def kernels_for(
 
         if centers.is_cuda or step.INTERPRETED:
             return step if not auto or works_on(centers.device, run_step) else None
-        reason = (
-            f"tensors on {centers.device}, which needs Triton's interpreter: TRITON_INTERPRET=1"
-        )
+        needed = "which needs Triton's interpreter: TRITON_INTERPRET=1"
+        reason = f"tensors on {centers.device}, {needed}"
     if auto:
         return None
     raise RuntimeError(f"SEPARATE_LOSS_BACKEND=triton cannot run: {reason}")

@@ -3,6 +3,7 @@
 A program holds whole rows of d values, or a block of columns where it sums over many rows. `ACC` is
 the type of all computations, `WIDTH` the next power of two from d on. No float is added atomically:
 the order of every sum depends on the shapes alone. The arguments in capitals are constants.
+As in PyTorch, float64 becomes float32 before a half type.
 """
 
 import triton
@@ -208,6 +209,7 @@ def move(
     both = mask[:, None] & inside[None, :]
     here = row[:, None] * d + columns[None, :]
     inverse = tl.load(of_classes + row, mask, other=0)
+    # The sums of unit features and the numbers of samples, from the tiles with samples of a class.
     added, count = tl.zeros((ROWS, WIDTH), ACC), tl.zeros((ROWS,), ACC)
     present = tl.load(of_classes + c + row, mask, other=0) > 0
     for _class in range(tl.sum(present.to(tl.int32), 0)):
@@ -252,7 +254,7 @@ def move(
         step = tl.where((inverse == 0)[:, None], begun, center + step)
     else:
         step += center
-    half: constexpr = out.dtype.element_ty.primitive_bitwidth == 16  # as PyTorch rounds float64
+    half: constexpr = out.dtype.element_ty.primitive_bitwidth == 16
     tl.store(out + here, step.to(tl.float32 if half else ACC), both)
 
 
@@ -274,5 +276,5 @@ def gradient(
     factor = -0.5 * tl.load(grad) * tl.load(scalars + 1)
     factor *= tl.where(valid & (inverse != 0), 1.0 if SIMPLEX else inverse, 0.0)
     value = factor * (center - tl.sum(center * unit, 0) * unit)
-    half: constexpr = out.dtype.element_ty.primitive_bitwidth == 16  # as PyTorch rounds float64
+    half: constexpr = out.dtype.element_ty.primitive_bitwidth == 16
     tl.store(out + here, value.to(tl.float32 if half else ACC), inside)

@@ -38,6 +38,7 @@ class Plan:
         device: torch.device,
     ) -> None:  # fmt: skip
         wide, simplex, width = dtype == torch.float64, form == "simplex", triton.next_power_of_2(d)
+        # A program reads `each` centers, ROWS at a time.
         chosen, many = -(-c // PROGRAMS), max(1, VALUES // width)
         rows, chunk = min(many, triton.next_power_of_2(chosen)), max(1, 4 * VALUES // width)
         each = -(-chosen // rows) * rows

@@ -61,6 +61,14 @@ def test_batches_and_features_of_any_size(size: tuple[int, int, int], form: str)
     assert_backends_agree(random_problem(*size), form=form, start=True)
 
 
+@pytest.mark.parametrize("num_classes", [2, 600])
+def test_a_class_with_samples_in_many_tiles(num_classes: int) -> None:
+    """More tiles than a program looks into at a time; it moves one center, or two."""
+    problem = random_problem(150, 3, num_classes, torch.float64)
+    problem.target[::2] = 1
+    assert_backends_agree(problem, start=True)
+
+
 @pytest.mark.parametrize("integer", [torch.uint8, torch.int16, torch.int32])
 def test_labels_of_all_integer_types(integer: torch.dtype) -> None:
     problem = random_problem(6, 5, 3)
