@@ -110,7 +110,8 @@ def is_exporting() -> bool:
 
 def backward_keeps_graph() -> bool:
     """Whether the backward pass of this thread keeps its graph; True if it is unknown."""
-    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    private = getattr(torch._C, "_autograd", None)
+    keeps = getattr(private, "_get_current_graph_task_keep_graph", None)
     return keeps is None or bool(keeps())
 
 
