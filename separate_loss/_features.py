@@ -198,9 +198,10 @@ def _check_output(noted: ForwardPass, tensor: Tensor, dim: int, class_dim: int) 
 
 def _dims_with_values(noted: ForwardPass, tensor: Tensor, class_dim: int) -> list[int]:
     """The dimensions of a tensor that, taken for the classes, give the rows of an output."""
-    if noted.values is None:
+    values = noted.output() if noted.values is None else noted.values
+    if values is None:
         return []
-    rows = noted.values.movedim(dim_of(class_dim, noted.sizes), -1)
+    rows = values.movedim(dim_of(class_dim, noted.sizes), -1)
     return [dim for dim in dims_of(tensor.shape) if _equal(tensor.movedim(dim, -1), rows)]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from separate_loss import SoftmaxSeparateLoss
+from separate_loss import SoftmaxSeparateLoss, _features, _watch
 from tests.helpers.heads import (
     CENTERS,
     FEATURE_DIM,
@@ -100,6 +100,27 @@ def test_a_subclass_may_call_the_compiled_loss_of_its_parent() -> None:
     inputs = inputs_of()
     step = torch.compile(lambda inputs: doubled(model(inputs), TARGET), backend="aot_eager")
     torch.testing.assert_close(step(inputs), 2 * criterion(model(inputs), TARGET))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_logits_may_be_cast_in_compiled_code(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where keeping the values of an output with a graph would wait for the device."""
+
+    def note(noted: _watch.ForwardPass, output: Tensor) -> None:
+        noted.values = None
+        _watch.note(noted, output)
+
+    if device == "cuda":
+        monkeypatch.setattr(_features, "note", note)
+    model, criterion = model_and_loss(center_update="none")
+
+    def cast(inputs: Tensor) -> Tensor:
+        logits: Tensor = model(inputs).double()
+        return logits
+
+    compiled, inputs = torch.compile(cast, backend="aot_eager"), inputs_of()
+    expected = criterion(cast(inputs), TARGET)
+    torch.testing.assert_close(criterion(compiled(inputs), TARGET), expected)
 
 
 def test_a_compiled_loss_can_be_pickled() -> None:
