@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 
 .PHONY: demo test test-cuda test-torch fuzz lint docs package clean
 
-demo: $(INSTALLED)
+demo: $(VENV)/demo
 	$(BIN)/python -m examples.digits
 
 test: lint
@@ -47,6 +47,12 @@ package: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[test,docs]"
+	touch $@ $(VENV)/demo
+
+# The demonstration needs less, and less time.
+$(VENV)/demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[demo]"
 	touch $@
 
 clean:
