@@ -231,7 +231,7 @@ def warn_probabilities(target: Tensor) -> bool:
             f"1, or to 0 for an ignored sample: got a row with the least value {row.min():.4g} and "
             f"the sum {row.sum():.4g}. Divide several labels of a sample by their number; logits "
             "need softmax(-1)",
-            stacklevel=6,  # the call of the loss, from `SeparateLoss.forward`
+            stacklevel=5,  # the call of the loss, from `SeparateLoss.forward`
         )
     return True
 

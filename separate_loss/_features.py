@@ -46,7 +46,7 @@ def find(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
     `class_dim`, 1 or -1, is that of the head. Raises RuntimeError unless logits hold the output of
     one pass of one of the heads, with the samples in the same order.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         for head in heads:
             for number, (output, new) in enumerate(head.compiled):
                 if output is logits:
@@ -169,7 +169,7 @@ def _without_graph(logits: Tensor, class_dim: int, heads: list[Head]) -> Found:
         dim = dim_of(class_dim, logits.shape)
         _check_output(passes[0], logits, dim, class_dim)
         return passes[0], dim, None
-    latest = [noted for head in heads for noted in head.latest if noted]
+    latest = [noted for head in heads for noted in reversed(head.latest) if noted]
     return _by_values(logits, class_dim, passes or latest)
 
 

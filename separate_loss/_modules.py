@@ -206,11 +206,14 @@ class SeparateLoss(nn.Module):
         compiling, centers = torch.compiler.is_compiling(), self.centers
         updating = self.training and torch.is_grad_enabled() and self.center_update == "forward"
         soft = isinstance(target, Tensor) and target.is_floating_point()
-        if compiling and updating and not compiler_moves_buffers(by_probabilities=soft):
+        if (
+            updating
+            and torch.compiler.is_dynamo_compiling()
+            and not compiler_moves_buffers(by_probabilities=soft)
+        ):
             loss: Tensor = run_uncompiled(SeparateLoss.forward, self, features, target)
             return loss
-        if updating:
-            _checks.check_center_lr(self.center_lr)
+        center_lr = _checks.check_center_lr(self.center_lr) if updating else None
         learning = torch.is_grad_enabled() and getattr(centers, "requires_grad", False)
         group = None
         if updating or learning:
@@ -229,7 +232,7 @@ class SeparateLoss(nn.Module):
         terms = [term for term in found if term is not None]
         self.last_terms = Terms(*terms) if len(terms) == 3 else None
         if updating:
-            step.update_(centers, self.center_lr, start_zeros=True)
+            step.update_(centers, center_lr, start_zeros=True)
             if not compiling:
                 self._seen = _initial.seen_now(centers, self.center_update)
         return step.loss

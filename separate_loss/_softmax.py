@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from separate_loss import _checks, _features, _watch
-from separate_loss._batch import compute_dtype
+from separate_loss._batch import compute_dtype, mask_ignored
 from separate_loss._checks import dim_of
 from separate_loss._modules import SeparateLoss, SeparateOptions, Terms
 from separate_loss._torch import compiler_moves_buffers, run_uncompiled
@@ -159,7 +159,7 @@ class SoftmaxSeparateLoss(nn.Module):
         Returns:
             The loss under `reduction`.
         """
-        if torch.compiler.is_compiling() and not compiler_moves_buffers():
+        if torch.compiler.is_dynamo_compiling() and not compiler_moves_buffers():
             forward = SoftmaxSeparateLoss.forward  # not that of a subclass, which calls this one
             loss: Tensor = run_uncompiled(forward, self, logits, target, features=features)
             return loss
@@ -179,7 +179,7 @@ class SoftmaxSeparateLoss(nn.Module):
             learning = learning and noted.recorded and not (noted.requires_grad and logits.is_leaf)
         else:
             _checks.check_vectors("features", features)
-            dim = self._dim_of("logits", logits, self.num_classes)
+            dim = self._dim_of("logits", logits, self.num_classes, target)
             feature_dim = self._dim_of("features", features, self.feature_dim)
             size, samples = self.feature_dim, logits.numel() // self.num_classes
             if (features.shape[feature_dim], features.numel()) != (size, samples * size):
@@ -191,11 +191,16 @@ class SoftmaxSeparateLoss(nn.Module):
         _checks.check_logits(logits, target, dim, self.num_classes)
         rows, features = _rows(logits, dim), _rows(features, feature_dim)
         target = _rows(target, dim) if target.is_floating_point() else target.flatten()
+        softmax = _softmax_loss(rows, target, separate)
+        if learning and not torch.compiler.is_compiling():
+            frozen = logits.requires_grad and not features.requires_grad
+            self._warn(noted, changed_by, frozen=frozen)
         moving = moving and learning and separate.training
         modes = [] if moving else [(module, module.training) for module in separate.modules()]
         try:
             for module, _ in modes:
                 module.training = False
+            # Last, so that no error leaves moved centers behind.
             with torch.set_grad_enabled(learning):
                 loss = separate(features, target)
         finally:
@@ -203,10 +208,6 @@ class SoftmaxSeparateLoss(nn.Module):
                 module.training = mode
         if noted is not None and moving:
             noted.moved.add(id(self))
-        softmax = _softmax_loss(rows, target, separate)
-        if learning and not torch.compiler.is_compiling():
-            frozen = logits.requires_grad and not features.requires_grad
-            self._warn(noted, changed_by, frozen=frozen)
         terms, mean = getattr(separate, "last_terms", None), softmax.detach()
         mean = mean.mean() if mean.ndim else mean
         self.last_terms = SoftmaxSeparateTerms(mean, *terms) if isinstance(terms, Terms) else None
@@ -214,9 +215,11 @@ class SoftmaxSeparateLoss(nn.Module):
         loss = softmax + (loss if weight == 1 else weight * loss)
         return loss.reshape(logits.select(dim, 0).shape) if loss.ndim else loss
 
-    def _dim_of(self, name: str, of: Tensor, size: int) -> int:
+    def _dim_of(self, name: str, of: Tensor, size: int, target: Tensor | None = None) -> int:
         """The dimension of classes or features where the features were given."""
         dims = [dim for dim in _checks.dims_of(of.shape) if of.shape[dim] == size]
+        if target is not None and not target.is_floating_point():
+            dims = [dim for dim in dims if of.select(dim, 0).shape == target.shape]
         if len(dims) > 1 and not self._class_dim_given:
             raise ValueError(
                 f"{name} of shape {tuple(of.shape)} fit with the classes in dimension 1 and in "
@@ -303,11 +306,16 @@ def _softmax_loss(logits: Tensor, target: Tensor, separate: nn.Module) -> Tensor
     """Softmax loss of logits `(N, C)`, in float32 or wider."""
     logits, soft = logits.to(compute_dtype(logits)), target.is_floating_point()
     weight = getattr(separate, "weight", None)
-    return nn.functional.cross_entropy(
-        logits,
-        target.to(logits.dtype) if soft else target.long(),
-        None if weight is None else weight.to(logits.dtype),
-        ignore_index=-100 if soft else getattr(separate, "ignore_index", -100),
-        reduction=getattr(separate, "reduction", "mean"),
-        label_smoothing=getattr(separate, "label_smoothing", 0.0),
-    )
+    ignore_index = getattr(separate, "ignore_index", -100)
+    try:
+        return nn.functional.cross_entropy(
+            logits,
+            target.to(logits.dtype) if soft else target.long(),
+            None if weight is None else weight.to(logits.dtype),
+            ignore_index=-100 if soft else ignore_index,
+            reduction=getattr(separate, "reduction", "mean"),
+            label_smoothing=getattr(separate, "label_smoothing", 0.0),
+        )
+    except IndexError:  # Labels out of range, for which this has a clearer error.
+        mask_ignored(target, logits.shape[-1], ignore_index)
+        raise

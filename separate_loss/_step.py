@@ -180,7 +180,7 @@ def evaluate(batch: Batch, samples: Samples, statistics: CenterStatistics) -> St
     inter = inter_class(center_sum, gram, num_centers, num_classes)
     loss, mean, total = reduce(intra, batch.sample_weight, inter, batch.options.reduction)
     if not isinstance(num_centers, Tensor):
-        num_centers = torch.scalar_tensor(num_centers)
+        num_centers = torch.scalar_tensor(num_centers, dtype=torch.long)
     return Step(loss, mean, inter, num_centers.long(), Work(batch, samples, statistics, total))
 
 
@@ -217,10 +217,10 @@ class _ClosedForm(Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, centers: Tensor, step: Step) -> Tensor:
-        of_centers = ctx.needs_input_grad[1]
+        of_centers, batch = ctx.needs_input_grad[1], step.work.batch
         ctx.work = step.work.held(of_centers)
-        # The inputs alone, for which autograd then refuses changes in place.
-        ctx.save_for_backward(features, *[centers] * of_centers)
+        # What the caller may change in place, which autograd then refuses.
+        ctx.save_for_backward(features, batch.target, batch.weight, centers if of_centers else None)
         return step.loss
 
     @staticmethod

@@ -77,6 +77,8 @@ def watch(module: nn.Module, loss: nn.Module) -> Head:
 
 def join(head: Head, loss: nn.Module) -> None:
     """Lets a loss watch until it leaves or is deleted."""
+    if id(loss) in head.losses:
+        return
     head.losses += (id(loss),)
     weakref.finalize(loss, leave, head, id(loss)).atexit = False
 

@@ -253,7 +253,7 @@ def update_centers(
         tensor([[ 1.0000, -0.0732],
                 [-0.2500,  1.0000]])
     """
-    _checks.check_center_lr(center_lr)
+    center_lr = _checks.check_center_lr(center_lr)
     options = Options(form, ignore_index=ignore_index)
     with torch.no_grad():
         step = run_step(features, target, centers, options)

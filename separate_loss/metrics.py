@@ -268,14 +268,15 @@ def nearest_center(
     _checks.check_bool("return_cosines", return_cosines)
     _checks.check_order(features)
     units, norms = normalize(_wide(centers))
-    found = [
-        (normalize(vectors)[0] @ units.mT).masked_fill_(~norms.isfinite(), -torch.inf).max(-1)
-        for _, vectors in _parts(features, len(centers))
-    ]
-    cosines, index = (torch.cat(part) for part in zip(*found, strict=True))
+    missing = ~norms.isfinite()
+    index = torch.empty(features.shape[:-1].numel(), dtype=torch.long, device=features.device)
+    cosines = torch.empty_like(index, dtype=units.dtype)
+    for rows, vectors in _parts(features, len(centers)):
+        found = (normalize(vectors)[0] @ units.mT).masked_fill_(missing, -torch.inf)
+        cosines[rows], index[rows] = found.max(-1)
     unknown = ~cosines.isfinite()
-    index = index.masked_fill(unknown, -1).view(features.shape[:-1])
-    cosines = cosines.clamp(-1, 1).masked_fill(unknown, torch.nan).view_as(index)
+    index = index.masked_fill_(unknown, -1).view(features.shape[:-1])
+    cosines = cosines.clamp_(-1, 1).masked_fill_(unknown, torch.nan).view_as(index)
     return (index, cosines) if return_cosines else index
 
 

@@ -180,7 +180,7 @@ def read(
     p.launch(kernels.sums, values["column_blocks"] * (3 + tiles) + values["num_squares"], given)
     p.launch(kernels.finish, 1, given | {"loss": loss, "terms": terms})
     assert_on_device(scalars[0], f"target must hold class indices in [0, {c}) or ignore_index")
-    work = KernelWork(p, Batch(features, target, None, None, centers, None, options), given)
+    work = KernelWork(p, Batch(features, target, None, None, centers, weight, options), given)
     return loss, terms[0], terms[1], scalars[3], work
 
 
