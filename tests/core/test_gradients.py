@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -209,3 +209,23 @@ def test_batched_gradients_of_several_blocks_of_centers() -> None:
     (expected,) = torch.autograd.grad(loss, centers, retain_graph=True)
     (batched,) = torch.autograd.grad(loss, centers, torch.tensor([1.0, 2.0]), is_grads_batched=True)
     torch.testing.assert_close(batched, torch.stack([expected, expected * 2]))
+
+
+@pytest.mark.parametrize("num_classes", [NUM_CLASSES, 9])
+@pytest.mark.parametrize("changed", ["features", "target", "centers", "weight"])
+def test_arguments_changed_in_place_before_backward_are_refused(
+    changed: str, num_classes: int
+) -> None:
+    given: dict[str, Any] = {
+        "features": doubles(NUM_SAMPLES, FEATURE_DIM),
+        "target": target_of("indices"),
+        "centers": doubles(num_classes, FEATURE_DIM),
+        "weight": torch.rand(num_classes, dtype=torch.float64),
+    }
+    given["features"].requires_grad_()
+    given["centers"].requires_grad_()
+    loss = separate_loss(**given)
+    with torch.no_grad():
+        given[changed].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -123,6 +123,21 @@ def test_logits_may_be_cast_in_compiled_code(device: str, monkeypatch: pytest.Mo
     torch.testing.assert_close(criterion(compiled(inputs), TARGET), expected)
 
 
+def test_an_export_of_the_loss_is_refused() -> None:
+    """Without Dynamo, where code that runs uncompiled is still taken for compiled."""
+
+    class Trained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.criterion = model_and_loss()
+
+        def forward(self, inputs: Tensor) -> Any:
+            return self.criterion(self.model(inputs), TARGET)
+
+    with pytest.raises(RuntimeError, match="no forward pass of the watched head"):
+        torch.export.export(Trained(), (inputs_of(),), strict=False)
+
+
 def test_a_compiled_loss_can_be_pickled() -> None:
     model, criterion = model_and_loss()
     criterion.compile(backend="aot_eager")

@@ -190,6 +190,29 @@ def test_a_cast_of_one_sample_is_known_by_its_values() -> None:
         torch.testing.assert_close(criterion(model[-1](features).double(), TARGET[0]).float(), loss)
 
 
+def test_the_latest_of_equal_passes_is_taken() -> None:
+    model, criterion = model_and_loss()
+    inputs = inputs_of()
+    model.requires_grad_(False)
+    for _ in range(3):  # each pass moves the centers once
+        before = criterion.separate.centers.clone()
+        criterion(model(inputs).double(), TARGET)
+        assert not torch.equal(criterion.separate.centers, before)
+
+
+def test_the_target_tells_which_dimension_holds_the_classes_beside_given_features() -> None:
+    head = nn.Conv2d(FEATURE_DIM, 3, 1)
+    features = torch.randn(2, FEATURE_DIM, 5, 3, requires_grad=True)
+    target = torch.arange(30).view(2, 5, 3) % 3
+    losses = [
+        SoftmaxSeparateLoss(head, center_init=torch.eye(3, FEATURE_DIM), class_dim=class_dim)(
+            head(features), target, features=features
+        )
+        for class_dim in (None, 1)
+    ]
+    assert torch.equal(*losses)
+
+
 def test_operators_on_compiled_outputs_are_checked() -> None:
     model, criterion = model_and_loss(center_update="none")
     call, _ = in_mode("compiled", model)

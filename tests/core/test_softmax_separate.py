@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 from typing import Any
 
 import pytest
@@ -102,6 +103,21 @@ def test_any_module_is_in_training_mode_exactly_when_centers_may_move(compiled: 
         call(inputs_of())
     assert separate.training
     assert not separate.dropout.training
+
+
+def test_no_error_leaves_a_changed_loss_behind() -> None:
+    model, criterion = model_and_loss()
+    model[0].requires_grad_(False)
+    squares = Squares()
+    given = SoftmaxSeparateLoss(model[-1], separate=squares)
+    with pytest.raises(IndexError, match=rf"target must hold .* \[0, {NUM_CLASSES}\) .* got 9"):
+        given(model(inputs_of()), TARGET + 9)
+    assert squares.modes == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="require no gradient"):
+            criterion(model(inputs_of()), TARGET)
+    assert torch.equal(criterion.separate.centers, CENTERS)
 
 
 def test_modes_are_restored_after_an_error() -> None:

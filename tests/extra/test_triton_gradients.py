@@ -107,6 +107,15 @@ def test_graphs_with_centers_from_before_an_update_are_refused() -> None:
         product.backward()
 
 
+def test_a_target_changed_in_place_before_backward_is_refused() -> None:
+    problem = random_problem(5, 3, 4)
+    features, centers = problem.requiring_grad()
+    loss = separate_loss(features, problem.target, centers.detach())
+    problem.target.fill_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("center_update", ["forward", "gradient"])
 @pytest.mark.parametrize("form", ["simplex", "paper"])
 def test_training_equals_that_by_operators(
