@@ -225,7 +225,8 @@ class _ClosedForm(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        work, _, needed = ctx.work, ctx.saved_tensors, ctx.needs_input_grad[:2]
+        _ = ctx.saved_tensors  # raises if one was changed, or if the graph is freed
+        work, needed = ctx.work, ctx.needs_input_grad[:2]
         if not backward_keeps_graph():
             ctx.work = None
         if torch.is_grad_enabled() or under_vmap(grad):

@@ -30,9 +30,9 @@ def in_transform() -> bool:
 
 def in_compiled_transform() -> bool:
     """Whether the compiler traces a transform of torch.func; False before 2.11, which differ."""
-    active = (
-        getattr(torch._C, "_are_functorch_transforms_active", None) if RELEASE >= (2, 11) else None
-    )
+    if RELEASE < (2, 11):
+        return False
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
     return active is not None and bool(active())
 
 

@@ -55,7 +55,7 @@ class Plan:
             "BATCH": 2 * PROGRAMS, "SQUARES": SQUARES, "SIMPLEX": simplex, "WEIGHTED": weighted,
             "E": float(smoothing), "GRADIENT": False, "PER_SAMPLE": False, "START": False,
         }  # fmt: skip
-        self.device = device
+        self.device = device  # binaries are loaded on one device
         self.ready: dict[Any, Any] = {}
 
     def launch(self, kernel: Any, programs: int, given: dict[str, Any]) -> None:
