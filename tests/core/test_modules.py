@@ -389,3 +389,14 @@ def test_the_default_center_lr_depends_on_the_batch_size(
     for criterion in (default, same):
         criterion(features, target)
     torch.testing.assert_close(default.centers, same.centers)
+
+
+def test_the_number_of_centers_is_exact_under_every_default_type() -> None:
+    criterion = SeparateLoss(1001, 4, center_init="sphere", dtype=torch.float32)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        criterion(torch.randn(4, 4), torch.arange(4))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert criterion.last_terms is not None
+    assert criterion.last_terms.num_centers == 1001

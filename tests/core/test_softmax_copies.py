@@ -215,3 +215,13 @@ def test_copies_share_the_process_group_and_pickles_are_refused(tmp_path: Path) 
         assert isinstance(copy.deepcopy(SeparateLoss(3, 2, process_group=group)), SeparateLoss)
     finally:
         dist.destroy_process_group()
+
+
+def test_a_loss_that_watches_again_watches_once() -> None:
+    model, criterion = model_and_loss()
+    for _ in range(3):
+        criterion.watch(model[-1])
+    (head,) = criterion._heads
+    assert head.losses == (id(criterion),)
+    criterion.unwatch(model[-1])
+    assert not model[-1]._forward_hooks
